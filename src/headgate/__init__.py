@@ -1,3 +1,114 @@
-"""headgate: serve models and functions behind HTTP and Python handles."""
+"""headgate: serve models and functions behind HTTP and Python handles.
+
+>>> import headgate
+>>> headgate.BackendConfig(num_replicas=2).num_replicas
+2
+
+Everything public is a name of this module; each is imported when it is first used, so that
+`import headgate` costs little and never imports Ray, Starlette or a user's framework.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if sys.platform != "linux":
+    raise ImportError("headgate runs on Linux only: it needs pidfd, memfd and unix sockets with fd passing")
 
 __version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "headgate.api": ("Client", "connect", "start"),
+    "headgate.config": ("BackendConfig", "DeploymentMode", "HTTPOptions", "accept_batch"),
+    "headgate.refs": ("ObjectRef", "get", "wait"),
+    "headgate.replica.context": (
+        "ReplicaContext", "get_current_backend_tag", "get_current_replica_tag", "get_replica_context",
+    ),
+    "headgate.replica.request": ("ServeRequest",),
+    "headgate.errors": (
+        "ArgumentError", "BackendError", "BackendOverloaded", "BackendStartError", "ConfigError",
+        "ControllerUnavailable", "EndpointNotFound", "HeadgateError", "InstanceError", "ProtocolError",
+        "RayServeException", "ReplicaDied", "RequestCancelled", "RequestError", "RequestTimeout",
+        "SerializationError",
+    ),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from headgate.api import Client, connect, start
+    from headgate.config import BackendConfig, DeploymentMode, HTTPOptions, accept_batch
+    from headgate.errors import (
+        ArgumentError,
+        BackendError,
+        BackendOverloaded,
+        BackendStartError,
+        ConfigError,
+        ControllerUnavailable,
+        EndpointNotFound,
+        HeadgateError,
+        InstanceError,
+        ProtocolError,
+        RayServeException,
+        ReplicaDied,
+        RequestCancelled,
+        RequestError,
+        RequestTimeout,
+        SerializationError,
+    )
+    from headgate.refs import ObjectRef, get, wait
+    from headgate.replica.context import (
+        ReplicaContext,
+        get_current_backend_tag,
+        get_current_replica_tag,
+        get_replica_context,
+    )
+    from headgate.replica.request import ServeRequest
+
+__all__ = [
+    "ArgumentError",
+    "BackendConfig",
+    "BackendError",
+    "BackendOverloaded",
+    "BackendStartError",
+    "Client",
+    "ConfigError",
+    "ControllerUnavailable",
+    "DeploymentMode",
+    "EndpointNotFound",
+    "HTTPOptions",
+    "HeadgateError",
+    "InstanceError",
+    "ObjectRef",
+    "ProtocolError",
+    "RayServeException",
+    "ReplicaContext",
+    "ReplicaDied",
+    "RequestCancelled",
+    "RequestError",
+    "RequestTimeout",
+    "SerializationError",
+    "ServeRequest",
+    "accept_batch",
+    "connect",
+    "get",
+    "get_current_backend_tag",
+    "get_current_replica_tag",
+    "get_replica_context",
+    "start",
+    "wait",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'headgate' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,463 @@
+"""What a program calls: start or connect, and the Client that both return.
+
+A Client's methods change or show the instance's goals: each is one call of the controller, and
+when it returns, what it did is stored and in force in every proxy and handle. Requests do not
+pass here: handle.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from headgate import config as configs
+from headgate.errors import ArgumentError, ConfigError, InstanceError
+from headgate.launch import Ending, end_with_interpreter, launch
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from headgate.handle import AsyncServeHandle, ServeHandle
+    from headgate.instance import Instance
+    from headgate.status import Status
+
+_UNSET: Any = object()
+
+
+def start(
+    detached: bool = False,
+    http_host: Any = _UNSET,
+    http_port: Any = _UNSET,
+    http_middlewares: Any = _UNSET,
+    http_options: configs.HTTPOptions | Mapping[str, Any] | None = None,
+    *,
+    engine: str | None = None,
+    namespace: str = "default",
+    insecure: bool = False,
+) -> Client:
+    """Start an instance on this machine; returns when its proxy accepts requests.
+
+    detached       False: the instance ends with the client or this process. True: it lives until
+                   `client.shutdown()`; one per namespace, others reach it by `connect(namespace)`
+    http_options   an HTTPOptions or a dict of its fields; http_host, http_port and
+                   http_middlewares are the deprecated way to say the same
+    engine         "local" (the default): processes of this machine
+
+    Raises ConfigError (an unknown or bad option, named) and InstanceError (the address cannot be
+    bound, with its holder; a detached instance of that namespace runs already). After an error
+    nothing is left running.
+    """
+    if engine not in (None, "local"):
+        raise ConfigError(f'engine {engine!r} is not available in this version; use engine="local"')
+    if not isinstance(namespace, str) or not namespace:
+        raise ConfigError(f"namespace must be a non-empty str, got {namespace!r}")
+    options = _options(http_host, http_port, http_middlewares, http_options)
+    launched = launch(options, namespace, detached)
+    from headgate import instance as instances  # heavy: imported while the supervisor starts
+
+    instance = None
+    try:
+        instance = instances.Instance(launched.path, launched.token, f"driver-{os.getpid()}-{os.urandom(4).hex()}")
+        instance.join()
+        instance.call("wait_ready")
+    except BaseException as error:
+        _abandon(launched, instance)
+        if isinstance(error, InstanceError):
+            raise InstanceError(f"the instance did not start: {error}; see the log above") from None
+        raise
+    ending = Ending(launched, instance, detached)
+    client = Client(instance, launched.address, ending)
+    client._finalizer = end_with_interpreter(client, ending, detached)
+    return client
+
+
+def _abandon(launched: Any, instance: Instance | None) -> None:
+    from headgate import instance as instances
+
+    if instance is None or not hasattr(instance, "control"):
+        instance = instances.Instance(launched.path, launched.token, "nobody")
+        instance.thread.start()
+    Ending(launched, instance, False).now(force=True)
+
+
+def _options(host: Any, port: Any, middlewares: Any, options: Any) -> configs.HTTPOptions:
+    given = {"host": host, "port": port, "middlewares": middlewares}
+    old = {name: value for name, value in given.items() if value is not _UNSET}
+    if not old:
+        return configs.as_http_options(options)
+    names = ", ".join(f"http_{name}" for name in old)
+    if options is not None:
+        raise ConfigError(f"{names} and http_options say the same twice; put everything into http_options")
+    warnings.warn(f"{names}: use http_options={{...}} instead", DeprecationWarning, stacklevel=3)
+    return configs.as_http_options(old)
+
+
+def connect(namespace: str = "default") -> Client:
+    """A client of a running instance; its going away ends nothing.
+
+    In a script: the detached instance of that namespace on this machine. Inside a backend: the
+    instance that the backend belongs to. Raises InstanceError when there is none.
+    """
+    from headgate import instance as instances
+
+    own = instances.own()
+    if own is not None:
+        own.follow()
+        return Client(own, _address(own.directory), None)
+    from headgate.engine import directory
+
+    path = directory.find(directory.base(), namespace)
+    if path is None:
+        raise InstanceError(
+            f"no detached instance of namespace {namespace!r} runs on this machine; "
+            f"start one with headgate.start(detached=True, namespace={namespace!r})"
+        )
+    instance = instances.join(path, directory.read_token(path))
+    instance.follow()
+    return Client(instance, _address(path), None)
+
+
+def _address(path: str) -> str | None:
+    try:
+        with open(os.path.join(path, "address")) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+class Client:
+    """A running instance, to change and to ask. Made by `start` and `connect`.
+
+    http_address   "http://127.0.0.1:8000", or None without an HTTP server
+    """
+
+    _finalizer: Any = None
+
+    def __init__(self, instance: Instance, http_address: str | None, ending: Ending | None) -> None:
+        self.http_address = http_address
+        self._instance = instance
+        self._ending = ending
+
+    # --- backends ---
+
+    def create_backend(
+        self,
+        tag: str,
+        func_or_class: Callable[..., Any] | type | str,
+        *init_args: Any,
+        ray_actor_options: dict[str, Any] | None = None,
+        config: dict[str, Any] | configs.BackendConfig | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Serve `func_or_class` under the name `tag`; returns when its replicas are ready.
+
+        func_or_class       called with one request, or a class that is built once per replica with
+                            *init_args; or an import path "module:name"
+        ray_actor_options   resources per replica; this engine looks at num_gpus only
+        env                 environment variables of the replicas
+
+        Raises ConfigError (ValueError), ArgumentError (TypeError), SerializationError (the code
+        does not pickle) and BackendStartError with the user's traceback; then nothing is registered.
+        """
+        self._deploy("create_backend", tag, func_or_class, init_args, ray_actor_options, config, env)
+
+    def update_backend(
+        self,
+        tag: str,
+        func_or_class: Callable[..., Any] | type | str,
+        *init_args: Any,
+        ray_actor_options: dict[str, Any] | None = None,
+        config: dict[str, Any] | configs.BackendConfig | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """New code under the same tag. New replicas are ready before old ones drain; no request is lost.
+
+        config   fields to change; the others stay
+
+        Raises as `create_backend`; then the old version serves on.
+        """
+        self._deploy("update_backend", tag, func_or_class, init_args, ray_actor_options, config, env)
+
+    def _deploy(
+        self, method: str, tag: Any, target: Any, init_args: tuple[Any, ...], resources: Any, config: Any, env: Any
+    ) -> None:
+        from headgate.replica import callable as code
+
+        self._check_alive()
+        _check_str("tag", tag)
+        given = configs.as_backend_config(config).given
+        options = configs.check_ray_actor_options(resources)
+        variables = configs.check_env(env)
+        blob, facts = code.pack(target, init_args)
+        self._call(
+            method,
+            tag=tag,
+            code=blob,
+            facts=facts,
+            env=variables,
+            num_gpus=float(options.get("num_gpus") or 0),
+            **_config_params(given),
+        )
+
+    def update_backend_config(self, tag: str, config: dict[str, Any] | configs.BackendConfig) -> None:
+        """Change the config fields that are given; the others stay.
+
+        Returns when the replica count is reached and every replica has been reconfigured. Raises
+        ConfigError (unknown tag, bad value) and BackendStartError (a replica did not start or
+        reconfigure); then the old config is in force.
+        """
+        self._check_alive()
+        _check_str("tag", tag)
+        if config is None:
+            raise ArgumentError("config must be a dict or a BackendConfig, got None")
+        self._call("update_backend_config", tag=tag, **_config_params(configs.as_backend_config(config).given))
+
+    def get_backend_config(self, tag: str) -> configs.BackendConfig:
+        """The config of a backend, every default resolved. Raises ConfigError if there is none of that tag."""
+        known = self.list_backends()
+        if tag not in known:
+            raise ConfigError(f"no backend {tag!r}; there are {', '.join(map(repr, known)) or 'none'}")
+        return known[tag]
+
+    def list_backends(self) -> dict[str, configs.BackendConfig]:
+        """tag -> config, in the order of creation."""
+        return {tag: _backend_config(shown) for tag, shown in self._call("list_backends").items()}
+
+    def delete_backend(self, tag: str, force: bool = False) -> None:
+        """Stop serving a backend; returns when its replicas are gone and the tag is free.
+
+        force   do not drain: running requests fail with ReplicaDied
+
+        Raises ConfigError while an endpoint's traffic or shadows name it. An unknown tag is no error.
+        """
+        self._check_alive()
+        _check_str("tag", tag)
+        self._call("delete_backend", tag=tag, force=bool(force))
+
+    # --- endpoints ---
+
+    def create_endpoint(
+        self, name: str, *, backend: Any = _UNSET, route: str | None = None, methods: Sequence[str] = ("GET",)
+    ) -> None:
+        """Open an entry to a backend; returns when every proxy routes it.
+
+        route     "/api/{user_id:int}"; None: handles only
+        methods   HTTP methods; GET serves HEAD too
+
+        Raises ConfigError (unknown backend, bad or taken route, taken name) and ArgumentError.
+        """
+        self._check_alive()
+        _check_str("endpoint name", name)
+        if backend is _UNSET or not isinstance(backend, str):
+            given = "nothing" if backend is _UNSET else type(backend).__name__
+            raise ArgumentError(f"create_endpoint needs backend=<tag of a backend> as a str, got {given}")
+        if isinstance(methods, str | bytes) or not isinstance(methods, list | tuple | set | frozenset):
+            raise ArgumentError(f"methods must be a list of str, got {type(methods).__name__}")
+        if not all(isinstance(method, str) for method in methods):
+            raise ArgumentError(f"methods must be a list of str, got {methods!r}")
+        if route is not None and (not isinstance(route, str) or not route.startswith("/")):
+            raise ArgumentError(f'route must be a str that starts with "/", got {route!r}')
+        self._call("create_endpoint", name=name, backend=backend, route=route, methods=list(methods))
+
+    def list_endpoints(self) -> dict[str, dict[str, Any]]:
+        """name -> {"route", "methods", "traffic", "shadows"}, in the order of creation."""
+        shown: dict[str, dict[str, Any]] = self._call("list_endpoints")
+        return shown
+
+    def delete_endpoint(self, name: str) -> None:
+        """Close an entry; its backends stay. An unknown name is no error."""
+        self._call("delete_endpoint", name=name)
+
+    def set_traffic(self, endpoint_name: str, traffic_policy_dictionary: Mapping[str, float]) -> None:
+        """Split the requests of an endpoint over backends, each by its share; shadows stay.
+
+        traffic_policy_dictionary   backend tag -> share in [0, 1]; the shares sum to 1 (within 1e-6)
+
+        Returns once every proxy and handle follows the new split. Requests that wait already keep
+        their backend. Raises ConfigError; then the old split stays.
+        """
+        self._check_alive()
+        if not isinstance(traffic_policy_dictionary, Mapping):
+            kind = type(traffic_policy_dictionary).__name__
+            raise ArgumentError(f"set_traffic needs a dict of backend tag -> share, got {kind}")
+        weights = {tag: _sendable(share) for tag, share in traffic_policy_dictionary.items()}
+        self._call("set_traffic", endpoint=endpoint_name, weights=weights)
+
+    def shadow_traffic(self, endpoint_name: str, backend_tag: str, proportion: float) -> None:
+        """Send a share of an endpoint's requests to another backend too; its answers are ignored.
+
+        proportion   in [0, 1]; 0 ends it
+
+        Raises ArgumentError (not a number in [0, 1]) and ConfigError (unknown endpoint or backend).
+        """
+        self._check_alive()
+        self._call(
+            "shadow_traffic", endpoint=endpoint_name, tag=backend_tag, proportion=_sendable(proportion)
+        )
+
+    def get_handle(
+        self, endpoint_name: str, missing_ok: bool = False, sync: bool = True
+    ) -> ServeHandle | AsyncServeHandle:
+        """Something to call an endpoint with from Python.
+
+        missing_ok   do not ask whether there is such an endpoint; a call waits up to 5 s for it
+        sync         True: `handle.remote(...)`, from any thread; False: `await handle.remote(...)`
+
+        Raises EndpointNotFound (a KeyError).
+        """
+        from headgate.handle import make_handle
+
+        self._check_alive()
+        self._instance.follow()
+        return make_handle(self._instance, endpoint_name, missing_ok, sync)
+
+    # --- the instance ---
+
+    def status(self) -> Status:
+        """The instance as the controller sees it now: endpoints, backends, replicas, proxies, what is waited for."""
+        import msgspec
+
+        from headgate.status import Status
+
+        return msgspec.convert(self._call("status"), Status)
+
+    def shutdown(self) -> None:
+        """Finish what is in flight (up to 20 s), then end all processes and free port, sockets and files.
+
+        Idempotent. Any other call afterwards raises InstanceError.
+        """
+        if self._ending is not None:
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            self._ending.now()
+        elif self._instance.usable:
+            self._end_connected()
+
+    def _end_connected(self) -> None:
+        """Shut down an instance that this process did not start; returns when it is gone."""
+        import time
+
+        from headgate.engine import directory
+
+        self._instance.call("shutdown")
+        give_up = time.monotonic() + 5.0
+        while directory.is_alive(self._instance.directory) and time.monotonic() < give_up:
+            time.sleep(0.005)
+        self._instance.leave()
+
+    def wait(self) -> None:
+        """Block until Ctrl-C or SIGTERM, then drain and shut down: what a script ends with.
+
+        A second signal while it drains ends everything at once. Raises InstanceError if the
+        instance ends by itself.
+        """
+        self._check_alive()
+        wake = threading.Event()
+        self._instance.on_gone = wake.set
+        with _Signals(wake):
+            wake.wait()
+        if not self._instance.usable:
+            self._over()
+        with _Signals(None, self._force):
+            self.shutdown()
+
+    def _force(self) -> NoReturn:
+        if self._ending is not None:
+            self._ending.force()
+        os._exit(130)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __reduce__(self) -> NoReturn:
+        raise InstanceError(
+            "a Client cannot be pickled; inside a backend call headgate.connect() to get one there"
+        )
+
+    def __repr__(self) -> str:
+        state = self.http_address or "no HTTP" if self._instance.usable else "shut down"
+        return f"<headgate.Client {state}>"
+
+    def _call(self, method: str, **params: Any) -> Any:
+        return self._instance.call(method, **params)
+
+    def _check_alive(self) -> None:
+        if not self._instance.usable:
+            self._over()
+
+    def _over(self) -> NoReturn:
+        raise InstanceError(
+            "this instance has already been shut down, or its processes were killed; "
+            "call headgate.start() for a new one"
+        )
+
+
+class _Signals:
+    """SIGINT and SIGTERM set an event, or call a function, inside a `with` block of the main thread."""
+
+    def __init__(self, wake: threading.Event | None, then: Callable[[], object] = lambda: None) -> None:
+        self._wake = wake
+        self._then = then
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._wake is not None:
+            self._wake.set()
+        self._then()
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+
+def _check_str(what: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ArgumentError(f"{what} must be a str, got {type(value).__name__}")
+    if not value:
+        raise ConfigError(f"{what} must not be empty")
+
+
+def _config_params(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The config fields that were set, as parameters of a control call."""
+    fields = {name: value for name, value in given.items() if name != "user_config"}
+    fields.pop("graceful_shutdown_wait_loop_s", None)  # accepted for old programs, means nothing here
+    packed = None
+    if "user_config" in given:
+        import cloudpickle
+
+        packed = cloudpickle.dumps(given["user_config"], protocol=5)
+    return {"given": fields, "user_config": packed, "has_user_config": packed is not None}
+
+
+def _backend_config(shown: dict[str, Any]) -> configs.BackendConfig:
+    import pickle
+
+    settings = dict(shown["settings"])
+    settings["batch_wait_timeout"] = settings.pop("batch_wait_timeout_s")
+    if shown["user_config"] is not None:
+        settings["user_config"] = pickle.loads(shown["user_config"])
+    return configs.BackendConfig(**settings)
+
+
+def _sendable(value: object) -> Any:
+    """A number as msgpack carries it; anything else as text, which the controller refuses by its name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return float(value)  # type: ignore[arg-type]  # numpy's numbers, fractions
+    except (TypeError, ValueError):
+        return repr(value)

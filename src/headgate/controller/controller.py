@@ -1,0 +1,385 @@
+"""The controller: observe, plan, act, publish, and so again after each event.
+
+An event (a report, an exit, a call, an acknowledgement, a timer that ran out) asks for a tick. A
+tick looks at what runs, publishes what routers are to obey, and performs what core/reconcile.py
+plans; with nothing to do it costs microseconds. Nothing polls and nothing sleeps: who waits for
+something is looked at after each tick.
+
+The goals change in one place, `commit`: stored first, then in force. After a restart the same
+steps run from what was stored and what is seen; there is no recovery. What users call is calls.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from msgspec.structs import replace
+
+from headgate import logs
+from headgate.controller.deployments import Deployments
+from headgate.controller.fleet import Fleet, Setback
+from headgate.controller.proxies import Proxies
+from headgate.controller.publisher import PeerLike, Publisher
+from headgate.controller.store import Store, StoreError
+from headgate.core import goals as change
+from headgate.core import lifecycle, reconcile
+from headgate.core.reconcile import Drain, Reconfigure, Seen, Start, Stop
+from headgate.core.state import BackendGoal, Goals
+from headgate.engine.interface import Engine, Event, Exited
+from headgate.errors import HeadgateError, ProtocolError
+from headgate.wire import messages
+
+log = logs.get("controller")
+
+#: How long a new controller waits for the processes that it found to say how they are.
+ADOPT_S = 1.0
+#: How long it holds that routers of before its time may follow any snapshot.
+UNKNOWN_ROUTERS_S = 2.0
+#: How long a replica that has reported its failure may take to end by itself.
+LAST_WORDS_S = 1.0
+
+
+class Controller:
+    """The one writer of an instance's goals.
+
+    incarnation   1, and one more with each restart
+    proxies       how many HTTP proxies there are to be
+    """
+
+    def __init__(self, engine: Engine, store: Store, *, incarnation: int = 1, proxies: int = 0) -> None:
+        self.engine = engine
+        self.store = store
+        self.incarnation = incarnation
+        self.goals = Goals()
+        self.fleet = Fleet()
+        self.deployments = Deployments()
+        self.proxies = Proxies(engine, proxies)
+        self.publisher = Publisher(incarnation << 32, on_silent=self._proxy_silent, on_change=self.poke)
+        self.lost: StoreError | None = None
+        self.leaving = False
+        self.adopting = True
+        self._unsaid: set[str] = set()  # found running, and has not said how it is
+        self._routers_unknown = incarnation > 1
+        self._early: list[Event] = []  # of processes whose start has not been answered yet
+        self._births = 0
+        self._ticking = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    # --- the start ---
+
+    async def open(self) -> None:
+        """Load the goals and take over what runs; the first tick follows when all of it has reported."""
+        try:
+            if self.incarnation == 1:
+                self.store.begin()
+            self.goals = self.store.load()
+        except StoreError as error:
+            self.lost = error
+            log.error("%s", error)
+        await self.engine.open(self.on_event)
+        for process in self.engine.observe():
+            self._unsaid.add(process.id)
+            if process.kind == "proxy":
+                self.proxies.adopt(process.id, process.pid)
+            else:
+                self.fleet.adopt(
+                    process.id, process.backend, process.version, process.pid, process.node, self.loop.time()
+                )
+        if self._routers_unknown:
+            self.loop.call_later(UNKNOWN_ROUTERS_S, self._routers_known)
+        if self._unsaid:
+            self.loop.call_later(ADOPT_S, self._adopted)
+        else:
+            self._adopted()
+
+    def said_hello(self, id: str) -> None:
+        """A process that may have been found running has connected."""
+        self._unsaid.discard(id)
+        if not self._unsaid:
+            self._adopted()
+
+    def _adopted(self) -> None:
+        if self.adopting:
+            self.adopting = False
+            self.poke()
+
+    def _routers_known(self) -> None:
+        self._routers_unknown = False
+        self.poke()
+
+    # --- the goals ---
+
+    def commit(self, new: Callable[[Goals], Goals]) -> int:
+        """Change the goals: stored, then published; the version of the snapshot that says so.
+
+        Raises what `new` raises and StoreError, and then nothing has changed.
+        """
+        goals = new(self.goals)
+        if goals != self.goals:
+            self.store.save(goals)
+            self.goals = goals
+            self._collect_blobs()
+        self.tick()
+        return self.publisher.snapshot.version
+
+    async def deploy(self, goal: BackendGoal, commit: Callable[[Goals, BackendGoal], Goals]) -> None:
+        """Try `goal` out, make it a goal by way of `commit`, return when that is in force.
+
+        Raises BackendStartError with the replica's own words, and then all is as it was.
+        """
+        self.fleet.forget_failures(self._versions())
+        deployment = self.deployments.begin(goal)
+        try:
+            self.poke()
+            await deployment.done
+            version = self.commit(lambda goals: commit(goals, goal))
+        finally:
+            self.deployments.end(deployment)
+            self.fleet.forget_failures(self._versions())
+            self.poke()
+        await self.publisher.in_force(version)
+
+    def _versions(self) -> set[reconcile.Version]:
+        wanted = (*self.goals.backends, *self.deployments.candidates())
+        return {(goal.tag, goal.version) for goal in wanted}
+
+    def _collect_blobs(self) -> None:
+        wanted = (*self.goals.backends, *self.deployments.candidates())
+        self.store.collect(name for goal in wanted for name in (goal.code, goal.user_config) if name)
+
+    # --- the loop ---
+
+    def poke(self) -> None:
+        """Something happened: tick in this turn of the event loop, once."""
+        if not self._ticking:
+            self._ticking = True
+            self.loop.call_soon(self.tick)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until `holds`; it is asked after each tick."""
+        if not holds():
+            waiter: asyncio.Future[None] = self.loop.create_future()
+            self._waiting.append((holds, waiter))
+            await waiter
+
+    def tick(self) -> None:
+        """Bring what runs one step closer to the goals."""
+        self._ticking = False
+        now = self.loop.time()
+        for _ in range(self.proxies.missing(now)):
+            self.spawn(self._start_proxy())
+        if not self.adopting and self.lost is None:
+            self._publish()
+            self.deployments.settle(list(self.fleet.seen.values()))
+            self._act(now)
+        self._look_again(now)
+        waiting, self._waiting = self._waiting, []
+        for holds, waiter in waiting:
+            if not holds():
+                self._waiting.append((holds, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+
+    def observed(self) -> list[Seen]:
+        """The replicas, each with whether a router may still send to it."""
+        unknown = self._routers_unknown
+        return [
+            replace(one, routed=(unknown and one.phase != lifecycle.STARTING) or self.publisher.routed(one.id))
+            for one in self.fleet.seen.values()
+        ]
+
+    def _publish(self) -> None:
+        seen = list(self.fleet.seen.values())
+        self.publisher.publish(
+            change.snapshot(self.goals, seen, 0, not self.leaving, self.fleet.failures)
+        )
+
+    def _look_again(self, now: float) -> None:
+        """Set the timer for what time alone will change."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        moments = [self.proxies.next_look(now)]
+        if not self.adopting and self.lost is None:
+            candidates = self.deployments.candidates()
+            moments.append(
+                reconcile.next_look(
+                    self.goals, self.fleet.seen.values(), self.fleet.failures, now, candidates=candidates
+                )
+            )
+        known = [moment for moment in moments if moment is not None]
+        if known:
+            self._timer = self.loop.call_at(min(known), self.tick)
+
+    # --- actions ---
+
+    def _act(self, now: float) -> None:
+        candidates = self.deployments.candidates()
+        wanted = {(goal.tag, goal.version): goal for goal in (*self.goals.backends, *candidates)}
+        for action in reconcile.plan(
+            self.goals, self.observed(), self.fleet.failures, now, candidates=candidates
+        ):
+            self._perform(action, wanted, now)
+        for goal in wanted.values():
+            self._tell_limits(goal)
+
+    def _perform(
+        self, action: reconcile.Action, wanted: dict[reconcile.Version, BackendGoal], now: float
+    ) -> None:
+        match action:
+            case Start(tag, version):
+                goal = wanted[tag, version]
+                self.spawn(self._start_replica(self.fleet.ask(goal, now), goal))
+            case Reconfigure(id, config_version):
+                one = self.fleet.seen[id]
+                self._configure(id, wanted[one.backend, one.version], config_version)
+                self.fleet.configuring(id, config_version)
+            case Drain(id):
+                self.engine.tell(id, messages.Drain(self._patience(id)))
+                self.fleet.drained(id, now)
+                log.info("replica %s drains", id)
+            case Stop(id, reason):
+                self.engine.kill(id)
+                self.fleet.stopped(id, now)
+                log.info("replica %s is stopped: %s", id, reason)
+
+    def _configure(self, id: str, goal: BackendGoal, config_version: int) -> None:
+        same = config_version == goal.config_version
+        path = self.store.path(goal.user_config) if same and goal.user_config else None
+        self.engine.tell(id, messages.Configure(goal.settings, config_version, path))
+        self.fleet.told(id, goal.settings)
+
+    def _tell_limits(self, goal: BackendGoal) -> None:
+        """Give new limits to the replicas that run already."""
+        for one in self.fleet.of(goal.tag):
+            if one.version == goal.version and one.phase == lifecycle.READY and not one.reconfiguring:
+                if self.fleet.told(one.id, goal.settings):
+                    self._configure(one.id, goal, one.config_version)
+
+    def _patience(self, id: str) -> float:
+        one = self.fleet.seen[id]
+        for goal in self.goals.backends:
+            if goal.tag == one.backend:
+                return goal.settings.graceful_shutdown_timeout_s
+        return one.graceful_shutdown_timeout_s
+
+    async def _start_replica(self, name: str, goal: BackendGoal) -> None:
+        self._births += 1
+        try:
+            id = await self.engine.start_replica(self._spec(goal))
+        except HeadgateError as error:
+            self._set_back(self.fleet.ended(name, str(error), self.loop.time()))
+        else:
+            pids = {process.id: process.pid for process in self.engine.observe()}
+            if self.fleet.born(name, id, pids.get(id, 0)):
+                log.info("replica %s starts, version %d", id, goal.version)
+            else:
+                self.engine.kill(id)
+        finally:
+            self._births -= 1
+            early, self._early = self._early, []
+            for event in early:
+                self.on_event(event)
+            self.poke()
+
+    def _spec(self, goal: BackendGoal) -> messages.ReplicaSpec:
+        return messages.ReplicaSpec(
+            goal.tag,
+            goal.version,
+            self.store.path(goal.code),
+            goal.settings,
+            self.store.path(goal.user_config) if goal.user_config else None,
+            goal.config_version,
+            goal.env,
+            goal.num_gpus,
+        )
+
+    async def _start_proxy(self) -> None:
+        await self.proxies.start()
+        self.poke()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine; nobody waits for it."""
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_log_failure)
+
+    # --- events ---
+
+    def on_event(self, event: Event) -> None:
+        """A process of the engine reported or ended."""
+        now = self.loop.time()
+        if isinstance(event, Exited) and self.proxies.ended(event.id, event.cause, now):
+            self._unsaid.discard(event.id)
+        elif event.id not in self.fleet.seen:
+            if self._births:
+                self._early.append(event)
+            return
+        elif isinstance(event, Exited):
+            self.said_hello(event.id)
+            self._set_back(self.fleet.ended(event.id, event.cause, now))
+            log.info("replica %s is gone: %s", event.id, event.cause)
+        elif isinstance(event.message, messages.Health):
+            self.fleet.checked(event.id, event.message.error, now)
+        else:
+            self._on_report(event.id, event.message, now)
+        self.poke()
+
+    def _on_report(self, id: str, report: messages.Report, now: float) -> None:
+        log.info("replica %s is %s", id, report.phase)
+        try:
+            self._set_back(self.fleet.reported(id, report, now))
+        except ProtocolError as error:
+            log.error("replica %s is killed: %s", id, error)
+            self.engine.kill(id)
+        if report.phase == "failed":
+            self.loop.call_later(LAST_WORDS_S, self.engine.kill, id)
+
+    def _set_back(self, setback: Setback | None) -> None:
+        """A replica failed: the change being tried out is given up, or it is tried again later."""
+        if setback is None:
+            return
+        tag, version = setback.version
+        log.warning("replica %s failed: %s", setback.id, setback.error)
+        goal = next((one for one in self.goals.backends if (one.tag, one.version) == (tag, version)), None)
+        if (setback.first_steps or goal is None) and self.deployments.blame(setback.version, _text(setback)):
+            return
+        if goal is not None and setback.config_version == goal.config_version:
+            # It cannot take what the others have: only a new process can.
+            self.fleet.broken(setback.id, setback.error, self.loop.time())
+            self.engine.kill(setback.id)
+
+    def kill(self, id: str, reason: str) -> None:
+        """End a process that does not do its part."""
+        log.warning("%s is killed: %s", id, reason)
+        self.engine.kill(id)
+
+    def _proxy_silent(self, peer: PeerLike) -> None:
+        self.kill(peer.id, "it does not follow snapshots")
+
+
+def _text(setback: Setback) -> str:
+    tag, _ = setback.version
+    if setback.config_version >= 0:
+        return (
+            f"backend {tag!r}: replica {setback.id} could not take the new user_config; the old one stays. "
+            f"It said:\n{setback.error}"
+        )
+    return (
+        f"backend {tag!r}: replica {setback.id} did not start, so nothing was changed; mend its code, its "
+        f"arguments or its resources and call again. It said:\n{setback.error}"
+    )
+
+
+def _log_failure(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("a task of the controller failed", exc_info=task.exception())

@@ -1,0 +1,231 @@
+"""The replicas that run, as far as their engine and they themselves have said.
+
+Nothing here is stored: after a restart of the controller the same knowledge comes from the engine's
+list and from each replica's own report. A replica that was asked for and has no id yet is
+here too, so that it is not asked for twice. What cannot be told from a report (what it was told
+last, how often it failed) is kept beside it.
+
+What follows from all this is decided in core/reconcile.py.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from headgate.core import lifecycle, reconcile
+from headgate.core.reconcile import UNKNOWN_CONFIG, Failures, Seen, Version
+from headgate.core.state import BackendGoal, Facts, Settings
+from headgate.errors import ProtocolError
+from headgate.wire import messages
+
+#: A replica that says so often in a row that it is unhealthy is replaced.
+UNHEALTHY = 3
+#: The version of replicas that are to be replaced: nobody wants it, so they drain.
+UNWANTED = -1
+
+#: What must have happened to a replica that reports this phase.
+_LIVES = {
+    lifecycle.STARTING: (),
+    lifecycle.READY: (lifecycle.STARTED,),
+    lifecycle.DRAINING: (lifecycle.STARTED, lifecycle.DRAIN),
+    lifecycle.DRAINED: (lifecycle.STARTED, lifecycle.DRAIN, lifecycle.IDLE),
+    "failed": (lifecycle.FAILED,),
+}
+
+
+class Setback(Struct, frozen=True):
+    """A replica failed.
+
+    first_steps      while it started or reconfigured: what is being deployed may be to blame
+    config_version   of the user_config that it could not take, -1 if that is not what failed
+    """
+
+    id: str
+    version: Version
+    error: str
+    first_steps: bool
+    config_version: int = -1
+
+
+class _Notes:
+    """What a replica does not say of itself."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.told: Settings | None = None
+        self.facts = Facts()
+        self.unhealthy = 0
+
+
+class Fleet:
+    """Every replica whose process exists or was asked for."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+        self.failures: dict[Version, Failures] = {}
+        self.restarts: dict[str, int] = {}
+        self.last_errors: dict[str, str] = {}
+        self._configs: dict[str, int] = {}
+        self._notes: dict[str, _Notes] = {}
+        self._asked = 0
+
+    # --- births ---
+
+    def ask(self, goal: BackendGoal, now: float) -> str:
+        """A replica of `goal` is asked for: the name under which it is counted until it has an id."""
+        self._asked += 1
+        name = f"{goal.tag}#new-{self._asked}"
+        self._add(name, goal.tag, goal.version, now, goal.config_version)
+        self._notes[name].told = goal.settings
+        return name
+
+    def born(self, name: str, id: str, pid: int, node: str = "local") -> bool:
+        """The replica that was asked for has an id; False if it is not wanted any more."""
+        one = self.seen.pop(name, None)
+        notes = self._notes.pop(name, None)
+        if one is None or notes is None:
+            return False
+        self.seen[id] = replace(one, id=id, pid=pid, node=node)
+        self._notes[id] = notes
+        return True
+
+    def adopt(self, id: str, tag: str, version: int, pid: int, node: str, now: float) -> None:
+        """A replica was found running that an earlier controller started."""
+        if id not in self.seen:
+            self._add(id, tag, version, now, 0)
+            self.seen[id] = replace(self.seen[id], pid=pid, node=node)
+
+    def _add(self, id: str, tag: str, version: int, now: float, config_version: int) -> None:
+        self.seen[id] = Seen(id, tag, version, lifecycle.STARTING, now, config_version=config_version)
+        self._notes[id] = _Notes(version)
+
+    # --- what is heard ---
+
+    def reported(self, id: str, report: messages.Report, now: float) -> Setback | None:
+        """A replica said how it is. Raises ProtocolError if that cannot be."""
+        one = self.seen.get(id)
+        if one is None:
+            return None
+        before = one
+        if report.phase not in _LIVES:
+            raise ProtocolError(f"replica {id} reports the phase {report.phase!r}, which there is not")
+        for event in _LIVES[report.phase]:
+            one = reconcile.heard(one, event, now)
+        self._notes[id].facts = report.facts
+        one = replace(one, address=report.address or one.address)
+        self.seen[id] = _configured(one, report, first=before.phase == lifecycle.STARTING)
+        if report.phase == "failed":
+            return self._fail(before, lifecycle.FAILED, report.error or "it gave no reason", now)
+        if before.reconfiguring and self.seen[id].config_version == UNKNOWN_CONFIG:
+            return self._setback(before, report.error, True, report.config_version)
+        return None
+
+    def ended(self, id: str, cause: str, now: float) -> Setback | None:
+        """The process of a replica is gone, or could not be made."""
+        one = self.seen.get(id)
+        if one is None:
+            return None
+        setback = self._fail(one, lifecycle.ENDED, cause, now)
+        del self.seen[id], self._notes[id]
+        return setback
+
+    def broken(self, id: str, error: str, now: float) -> Setback | None:
+        """A replica cannot be used any more and is about to be killed."""
+        one = self.seen[id]
+        self.seen[id] = reconcile.heard(one, lifecycle.FAILED, now)
+        return self._fail(one, lifecycle.FAILED, error, now)
+
+    def checked(self, id: str, error: str, now: float) -> None:
+        """A replica's health check passed ("") or failed; too often in a row, and it is to be replaced."""
+        notes = self._notes.get(id)
+        if notes is None:
+            return
+        notes.unhealthy = notes.unhealthy + 1 if error else 0
+        one = self.seen[id]
+        if notes.unhealthy >= UNHEALTHY and one.phase == lifecycle.READY and one.version != UNWANTED:
+            self._fail(one, lifecycle.FAILED, f"its health check failed: {error}", now)
+            self.seen[id] = replace(one, version=UNWANTED)
+
+    def _fail(self, before: Seen, event: str, error: str, now: float) -> Setback | None:
+        if not lifecycle.is_failure(before.phase, event) or before.version == UNWANTED:
+            return None
+        version = before.backend, before.version
+        line = _last_line(error)
+        self.failures[version] = reconcile.failed(self.failures.get(version), before, now, line)
+        self.restarts[before.backend] = self.restarts.get(before.backend, 0) + 1
+        started = before.phase != lifecycle.STARTING and not before.reconfiguring
+        return self._setback(before, error, not started)
+
+    def _setback(self, one: Seen, error: str, first_steps: bool, config_version: int = -1) -> Setback:
+        self.last_errors[one.backend] = _last_line(error)
+        return Setback(one.id, (one.backend, one.version), error, first_steps, config_version)
+
+    # --- what is told ---
+
+    def drained(self, id: str, now: float) -> None:
+        """A replica was told to drain."""
+        self.seen[id] = reconcile.heard(self.seen[id], lifecycle.DRAIN, now)
+
+    def stopped(self, id: str, now: float) -> None:
+        """A replica was told to end. One without an id is forgotten: `born` will say so."""
+        if "#new-" in id:
+            del self.seen[id], self._notes[id]
+        else:
+            self.seen[id] = reconcile.heard(self.seen[id], lifecycle.STOP, now)
+
+    def configuring(self, id: str, config_version: int) -> None:
+        """A replica was told to take another user_config."""
+        tag = self.seen[id].backend
+        self._configs[tag] = max(self._configs.get(tag, 0), config_version)
+        self.seen[id] = replace(self.seen[id], reconfiguring=True, config_version=config_version)
+
+    def told(self, id: str, settings: Settings) -> bool:
+        """Whether `settings` are news to a replica; from now on they are not."""
+        notes = self._notes[id]
+        news = notes.told != settings
+        notes.told = settings
+        return news
+
+    def forget_failures(self, versions: set[Version]) -> None:
+        """Keep the failures of these versions only."""
+        self.failures = {version: found for version, found in self.failures.items() if version in versions}
+
+    # --- questions ---
+
+    def of(self, tag: str) -> list[Seen]:
+        """The replicas of a backend, whatever their version and phase."""
+        return [one for one in self.seen.values() if one.backend == tag]
+
+    def versions(self, tag: str) -> list[int]:
+        """The versions of its code that run."""
+        return [notes.version for id, notes in self._notes.items() if self.seen[id].backend == tag]
+
+    def newest_config(self, tag: str) -> int:
+        """The highest user_config version that any replica was given."""
+        return max([self._configs.get(tag, 0), *(one.config_version for one in self.of(tag))])
+
+    def facts(self, goal: BackendGoal) -> Facts | None:
+        """What the ready replicas of `goal` say about its code."""
+        for one in self.of(goal.tag):
+            if one.version == goal.version and one.phase == lifecycle.READY:
+                return self._notes[one.id].facts
+        return None
+
+
+def _configured(one: Seen, report: messages.Report, *, first: bool) -> Seen:
+    """`one` with what `report` says about its user_config."""
+    if report.phase != lifecycle.READY:
+        return one
+    if first:
+        return replace(one, config_version=report.config_version, reconfiguring=False)
+    if not one.reconfiguring or report.config_version != one.config_version:
+        return one  # said before it was told
+    if report.error:
+        return replace(one, config_version=UNKNOWN_CONFIG, reconfiguring=False)
+    return replace(one, reconfiguring=False)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else text

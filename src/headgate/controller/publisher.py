@@ -1,0 +1,220 @@
+"""Who follows which snapshot: every change goes to all followers, and each says when it is in force.
+
+A process that follows may use the snapshot that it acknowledged last, or any newer one that was
+sent to it. So a replica counts as `routed` until no follower may use a snapshot that lists it.
+Whoever does not acknowledge in time is dealt with, never ignored: a proxy is reported as
+silent (the controller replaces it); any other process is fenced: replicas refuse its requests until
+it has caught up.
+
+What a snapshot holds is core/goals.py; the messages are wire/messages.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from headgate import logs
+from headgate.core.state import Snapshot
+from headgate.wire import messages
+
+log = logs.get("publisher")
+
+#: How long a process may take to acknowledge a snapshot.
+PATIENCE_S = 2.0
+PROXY = "proxy"
+REPLICA = "replica"
+
+
+class PeerLike(Protocol):
+    """What is needed of a wire.control.Peer."""
+
+    role: str
+    id: str
+
+    def tell(self, message: messages.FromController) -> None: ...
+
+
+class _Follower:
+    """One connected process; `floor` is the oldest snapshot that it may still use."""
+
+    def __init__(self, peer: PeerLike, floor: int) -> None:
+        self.peer = peer
+        self.floor = floor
+        self.pending: deque[tuple[int, float]] = deque()  # version sent, when it is overdue
+        self.fence = 0  # the version it must follow before replicas listen to it again
+        self.reported = False  # as silent
+
+    @property
+    def name(self) -> str:
+        return f"{self.peer.role} {self.peer.id}"
+
+
+class Publisher:
+    """The snapshots of one controller.
+
+    first       the version before the first snapshot
+    on_silent   called with a proxy that did not acknowledge in time, once
+    on_change   called when `routed` may answer differently than before
+    """
+
+    def __init__(
+        self, first: int, *, on_silent: Callable[[PeerLike], None], on_change: Callable[[], None]
+    ) -> None:
+        self.snapshot = Snapshot(version=first)
+        self._first = first
+        self._on_silent = on_silent
+        self._on_change = on_change
+        self._message: messages.Publish | None = None
+        self._listed: deque[tuple[int, frozenset[str]]] = deque([(first, frozenset())])
+        self._followers: dict[PeerLike, _Follower] = {}
+        self._replicas: set[PeerLike] = set()
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- snapshots ---
+
+    def publish(self, content: Snapshot) -> int:
+        """Send `content` to every follower, if it says anything new: the version that says it."""
+        version = self.snapshot.version
+        if self._message is not None and replace(content, version=version) == self.snapshot:
+            return version
+        version += 1
+        self.snapshot = replace(content, version=version)
+        self._message = messages.Publish(version, msgspec.Raw(msgspec.msgpack.encode(self.snapshot)))
+        self._listed.append((version, frozenset(one.id for view in content.backends for one in view.replicas)))
+        for follower in self._followers.values():
+            self._send(follower)
+        self._settle()
+        return version
+
+    async def in_force(self, version: int) -> None:
+        """Wait until each follower has acknowledged `version`, was fenced, or is gone."""
+        if self._is_behind(version):
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((version, waiter))
+            await waiter
+
+    def follows(self, peer: PeerLike) -> bool:
+        """Whether `peer` has the newest snapshot in force."""
+        follower = self._followers.get(peer)
+        return follower is not None and self._message is not None and not follower.pending
+
+    def routed(self, replica: str) -> bool:
+        """Whether some process may still send to that replica."""
+        oldest = self._listed[0][0]
+        if any(follower.floor < oldest and not follower.fence for follower in self._followers.values()):
+            return True  # it follows a snapshot of before the controller's restart
+        return any(replica in ids for _, ids in self._listed)
+
+    # --- processes ---
+
+    def join(self, peer: PeerLike, has: int = 0) -> None:
+        """`peer` follows from now on; `has` is the version that it follows already, 0 for none."""
+        if peer in self._followers:
+            return
+        follower = self._followers[peer] = _Follower(peer, has or self.snapshot.version)
+        if self._message is not None:
+            self._send(follower)
+
+    def join_replica(self, peer: PeerLike) -> None:
+        """`peer` is a replica: it is to hear which processes are fenced."""
+        self._replicas.add(peer)
+        peer.tell(messages.Fence(self._fences()))
+
+    def leave(self, peer: PeerLike) -> None:
+        """The connection of `peer` has ended."""
+        self._replicas.discard(peer)
+        follower = self._followers.pop(peer, None)
+        if follower is None:
+            return
+        if follower.fence:
+            self._tell_fences()
+        self._settle()
+        self._on_change()
+
+    def acked(self, peer: PeerLike, version: int) -> None:
+        """`peer` says that `version` is in force in it."""
+        follower = self._followers.get(peer)
+        if follower is None:
+            return
+        follower.floor = max(follower.floor, version)
+        while follower.pending and follower.pending[0][0] <= version:
+            follower.pending.popleft()
+        if follower.fence and follower.floor >= follower.fence:
+            follower.fence = 0
+            log.info("%s has caught up", follower.name)
+            self._tell_fences()
+        self._settle()
+        self._on_change()
+
+    def close(self) -> None:
+        """Stop watching; whoever waits is let go."""
+        self._followers.clear()
+        self._settle()
+
+    # --- details ---
+
+    def _send(self, follower: _Follower) -> None:
+        assert self._message is not None
+        due = asyncio.get_running_loop().time() + PATIENCE_S
+        follower.pending.append((self._message.version, due))
+        follower.peer.tell(self._message)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._check)
+
+    def _settle(self) -> None:
+        """Forget snapshots that nobody can use any more; let go whoever has waited for that."""
+        floors = [one.floor for one in self._followers.values() if not one.fence]
+        lowest = min(floors, default=self.snapshot.version)
+        while len(self._listed) > 1 and self._listed[0][0] < lowest:
+            self._listed.popleft()
+        waiting, self._waiting = self._waiting, []
+        for version, waiter in waiting:
+            if self._is_behind(version):
+                self._waiting.append((version, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+
+    def _is_behind(self, version: int) -> bool:
+        return any(
+            one.pending and one.pending[0][0] <= version and not one.fence for one in self._followers.values()
+        )
+
+    def _check(self) -> None:
+        """Deal with those that are overdue; look again when the next one will be."""
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        for one in list(self._followers.values()):
+            if one.pending and one.pending[0][1] <= loop.time() and not (one.fence or one.reported):
+                self._give_up(one)
+        due = [one.pending[0][1] for one in self._followers.values() if one.pending and not one.reported]
+        upcoming = [moment for moment in due if moment > loop.time()]
+        if upcoming and self._timer is None:
+            self._timer = loop.call_at(min(upcoming), self._check)
+        self._settle()
+        self._on_change()
+
+    def _give_up(self, follower: _Follower) -> None:
+        version = follower.pending[-1][0]
+        if follower.peer.role == PROXY:
+            follower.reported = True
+            log.warning("%s did not take snapshot %d in %g s", follower.name, version, PATIENCE_S)
+            self._on_silent(follower.peer)
+            return
+        follower.fence = version
+        log.warning("%s did not take snapshot %d in %g s: fenced", follower.name, version, PATIENCE_S)
+        self._tell_fences()
+
+    def _fences(self) -> dict[str, int]:
+        return {one.peer.id: one.fence for one in self._followers.values() if one.fence}
+
+    def _tell_fences(self) -> None:
+        fence = messages.Fence(self._fences())
+        for peer in self._replicas:
+            peer.tell(fence)

@@ -1,0 +1,82 @@
+"""What an instance looks like from outside: plain values for `client.status()`, nothing decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from headgate.controller.controller import Controller
+from headgate.core import reconcile
+
+
+def status(controller: Controller, ready: bool, http: str | None) -> dict[str, Any]:
+    """Endpoints, backends, replicas and proxies as they are, and what is waited for."""
+    return {
+        "ready": ready,
+        "snapshot": controller.publisher.snapshot.version,
+        "controller": {"pid": os.getpid(), "incarnation": controller.incarnation},
+        "endpoints": _endpoints(controller),
+        "backends": _backends(controller),
+        "replicas": _replicas(controller),
+        "proxies": [
+            {"id": one.id, "pid": one.pid, "address": http, "state": "ready" if one.joined else "starting"}
+            for one in controller.proxies.views()
+        ],
+        "waiting": list(_waiting(controller)),
+    }
+
+
+def _endpoints(controller: Controller) -> dict[str, Any]:
+    return {
+        goal.endpoint.name: {
+            "route": goal.endpoint.route,
+            "methods": list(goal.endpoint.methods),
+            "traffic": dict(goal.endpoint.traffic.weights),
+            "shadows": dict(goal.endpoint.traffic.shadows),
+        }
+        for goal in controller.goals.endpoints
+    }
+
+
+def _backends(controller: Controller) -> dict[str, Any]:
+    fleet = controller.fleet
+    return {
+        goal.tag: {
+            "version": goal.version,
+            "wanted": goal.settings.num_replicas,
+            "ready": len(reconcile.serving(goal, fleet.seen.values())),
+            "restarts": fleet.restarts.get(goal.tag, 0),
+            "last_error": fleet.last_errors.get(goal.tag, ""),
+        }
+        for goal in controller.goals.backends
+    }
+
+
+def _replicas(controller: Controller) -> list[dict[str, Any]]:
+    fleet = controller.fleet
+    return [
+        {
+            "id": one.id,
+            "backend": one.backend,
+            "version": fleet.version(one.id),
+            "state": one.phase,
+            "pid": one.pid,
+            "node": one.node,
+            "restarts": fleet.restarts.get(one.backend, 0),
+            "last_error": fleet.last_errors.get(one.backend, ""),
+        }
+        for one in fleet.seen.values()
+    ]
+
+
+def _waiting(controller: Controller) -> tuple[str, ...]:
+    if controller.lost is not None:
+        return (str(controller.lost),)
+    return reconcile.unmet(
+        controller.goals,
+        controller.observed(),
+        controller.fleet.failures,
+        asyncio.get_running_loop().time(),
+        candidates=controller.deployments.candidates(),
+    )

@@ -1,0 +1,83 @@
+"""The seam: what the controller needs of the place where processes live.
+
+An engine starts processes, passes messages to and from replicas, and says which processes exist.
+It decides nothing: which replica to start, drain or kill is core/reconcile.py's. Each engine obeys
+tests/engine/test_contract.py; local.py is this machine, fake.py is memory and virtual time.
+
+Events come in the order in which things happened, from the engine's event loop and never from
+inside one of its plain methods. `Exited` is the last event of a process, comes exactly once,
+and only when the process is gone: whatever it had started is provably over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from msgspec import Struct
+
+from headgate.wire import messages
+
+
+class Process(Struct, frozen=True):
+    """A process that exists. `started_at` is monotonic time; a proxy has no backend and version 0."""
+
+    id: str
+    kind: str  # "replica" or "proxy"
+    backend: str
+    version: int
+    pid: int
+    started_at: float
+    node: str = "local"
+
+
+class Reported(Struct, frozen=True):
+    """A replica said how it is: at each change of its state, and on each reconnect."""
+
+    id: str
+    message: messages.Report | messages.Health
+
+
+class Exited(Struct, frozen=True):
+    """A process is gone; `cause` is for people: "killed by SIGKILL", "exited with status 1"."""
+
+    id: str
+    cause: str
+
+
+Event = Reported | Exited
+
+
+class Engine(Protocol):
+    """Where the processes of one instance live."""
+
+    async def open(self, on_event: Callable[[Event], None]) -> None:
+        """Take over what runs already, then report. `observe` is complete when this returns."""
+
+    async def start_replica(self, spec: messages.ReplicaSpec) -> str:
+        """Start a process that runs `spec`: its id, which was never used before.
+
+        Returns before the replica is ready; that comes as `Reported`. Raises InstanceError when
+        there is no room for it: resources that are missing, no more processes.
+        """
+
+    async def start_proxy(self) -> str:
+        """Start an HTTP proxy on the instance's listener: its id. Raises InstanceError."""
+
+    def tell(self, id: str, message: messages.FromController) -> None:
+        """Send a message to a process, as soon as it can be reached; nothing happens if it is gone."""
+
+    def kill(self, id: str) -> None:
+        """End a process and all that it forked, at once; `Exited` follows. Nothing happens if it is gone."""
+
+    def stop_accepting(self) -> None:
+        """Let go of the HTTP listener: once the proxies have closed theirs, connecting is refused."""
+
+    def observe(self) -> tuple[Process, ...]:
+        """The processes that exist now, oldest first."""
+
+    def nodes(self) -> tuple[str, ...]:
+        """The machines that the engine may use."""
+
+    async def close(self) -> None:
+        """End all processes; returns when they are gone."""

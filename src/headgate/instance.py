@@ -1,0 +1,230 @@
+"""This process's membership in an instance: its headgate thread, its snapshot, its routers.
+
+A process joins an instance once, however many clients and handles it has. Routers are made when
+a handle is first used: one on the headgate thread for sync handles, one for each event loop of
+the user's that has an async handle. Each follows the newest snapshot; a router and its links end
+with their loop.
+
+Clients and handles hold the Instance, and nothing else does: when the last of them is collected,
+the membership ends. The headgate thread therefore refers to it weakly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from headgate.core.state import Endpoint, Snapshot
+from headgate.errors import InstanceError
+from headgate.router import Router
+from headgate.wire import messages
+from headgate.wire.control import ControlClient
+from headgate.wire.thread import HeadgateThread
+
+_FIRST_SNAPSHOT_S = 10.0
+
+_joined: WeakValueDictionary[str, Instance] = WeakValueDictionary()
+_join_lock = threading.Lock()
+
+
+class Instance:
+    """A running instance, as one process takes part in it.
+
+    directory   the run directory, which holds the control socket and the token
+    name        this process's id in the instance
+    """
+
+    def __init__(self, directory: str, token: bytes, name: str, role: str = "client") -> None:
+        self.directory = directory
+        self.token = token
+        self.name = name
+        self.role = role
+        self.pid = os.getpid()
+        self.thread = HeadgateThread()
+        self.control: ControlClient
+        self.on_gone: Callable[[], None] = lambda: None
+        self.closed = False
+        self._following = [role == "client"]  # shared with `hello`, which must not hold self
+        self._routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router] = WeakKeyDictionary()
+        self._keepers: set[asyncio.Task[None]] = set()
+        self._lock = threading.Lock()
+        self._leave: Callable[[], object] = lambda: None
+
+    # --- joining ---
+
+    def join(
+        self,
+        report: Callable[[], messages.Report | None] = lambda: None,
+        on_message: Callable[[messages.FromController], None] = lambda message: None,
+    ) -> None:
+        """Start the headgate thread and connect. Raises InstanceError if nobody listens."""
+        this = weakref.ref(self)
+
+        def spread(snapshot: Snapshot) -> None:
+            if (instance := this()) is not None:
+                instance._spread(snapshot)
+
+        def gone() -> None:
+            if (instance := this()) is not None:
+                instance.on_gone()
+
+        path = os.path.join(self.directory, "control.sock")
+        hello = _hello(self.role, self.name, self._following, report)
+        self.thread.start()
+        try:
+            self.control = self.thread.connect(
+                lambda: ControlClient(
+                    path, self.token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone
+                )
+            )
+        except BaseException:
+            self.thread.stop()
+            raise
+        self._leave = weakref.finalize(self, _leave, self.thread, self.control, self._routers, self.pid)
+        with _join_lock:
+            _joined[self.directory] = self
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The snapshot in force in this process."""
+        return self.control.snapshot
+
+    @property
+    def usable(self) -> bool:
+        """False once it was left, is over, or belongs to the process that this one was forked from."""
+        return not self.closed and not self.control.gone and self.pid == os.getpid()
+
+    def follow(self) -> None:
+        """Have snapshots from now on; returns once the first is here."""
+        if not self._following[0]:
+            self._following[0] = True
+            self.thread.loop.call_soon_threadsafe(self.control.tell, messages.Follow())
+        if not self.snapshot.version:
+            self.thread.run(self.control.newer_than(0), _FIRST_SNAPSHOT_S)
+
+    # --- control calls ---
+
+    def call(self, method: str, **params: Any) -> Any:
+        """A call of the controller, from any thread but the headgate thread; blocks until answered.
+
+        Raises what the controller raises; InstanceError when the instance is over.
+        """
+        if not self.usable:
+            raise InstanceError(
+                "this instance has already been shut down, or ended; call headgate.start() for a new one"
+            )
+        return self.thread.run(self.control.call(method, params))
+
+    # --- routers ---
+
+    def _spread(self, snapshot: Snapshot) -> None:
+        for loop, router in list(self._routers.items()):
+            if loop is self.thread.loop:
+                router.follow(snapshot)
+            else:
+                try:
+                    loop.call_soon_threadsafe(router.follow, snapshot)
+                except RuntimeError:  # that loop was closed
+                    pass
+
+    def router(self) -> Router:
+        """The router of the running loop, following the newest snapshot."""
+        loop = asyncio.get_running_loop()
+        router = self._routers.get(loop)
+        if router is None or router.closed:
+            router = Router(self.token, self.name)
+            with self._lock:
+                self._routers[loop] = router
+            if loop is not self.thread.loop:
+                keeper = loop.create_task(_keep(router))
+                self._keepers.add(keeper)
+                keeper.add_done_callback(self._keepers.discard)
+        if router.snapshot is not self.control.snapshot:
+            router.follow(self.control.snapshot)
+        return router
+
+    def endpoint(self, name: str) -> Endpoint | None:
+        """The endpoint of that name in the snapshot in force."""
+        for endpoint in self.snapshot.endpoints:
+            if endpoint.name == name:
+                return endpoint
+        return None
+
+    # --- leaving ---
+
+    def leave(self) -> None:
+        """Close routers and connection and end the headgate thread; the instance goes on. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        with _join_lock:
+            if _joined.get(self.directory) is self:
+                del _joined[self.directory]
+        self._leave()
+
+
+def _hello(
+    role: str, name: str, following: list[bool], report: Callable[[], messages.Report | None]
+) -> Callable[[int], messages.Hello]:
+    pid = os.getpid()
+    return lambda version: messages.Hello(role, name, pid, following[0], version, report())
+
+
+def _leave(
+    thread: HeadgateThread,
+    control: ControlClient,
+    routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router],
+    pid: int,
+) -> None:
+    if pid != os.getpid():  # a fork has none of these threads
+        return
+    for loop, router in list(routers.items()):
+        _on(loop, router.close)
+    _on(thread.loop, control.close)
+    thread.stop()
+
+
+def _on(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:  # that loop was closed
+        pass
+
+
+async def _keep(router: Router) -> None:
+    """Close the router when its loop cancels all tasks, as asyncio.run does at its end."""
+    try:
+        await asyncio.get_running_loop().create_future()
+    finally:
+        router.close()
+
+
+def joined(directory: str) -> Instance | None:
+    """The membership that this process already has in the instance of that run directory."""
+    with _join_lock:
+        instance = _joined.get(directory)
+    return instance if instance is not None and instance.usable else None
+
+
+def own() -> Instance | None:
+    """The instance that this process is a replica of."""
+    with _join_lock:
+        for instance in _joined.values():
+            if instance.role == "replica" and instance.usable:
+                return instance
+    return None
+
+
+def join(directory: str, token: bytes) -> Instance:
+    """Take part in a running instance, once per process. Raises InstanceError if it does not run."""
+    known = joined(directory)
+    if known is not None:
+        return known
+    instance = Instance(directory, token, f"client-{os.getpid()}-{os.urandom(4).hex()}")
+    instance.join()
+    return instance

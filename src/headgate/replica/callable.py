@@ -1,0 +1,356 @@
+"""A backend's code: packed by the driver, loaded and looked into by the replica.
+
+A function or class travels as a cloudpickle: by reference if its module can be imported, by
+value if not (`__main__`, notebooks, local functions); an import path travels as its text. The
+driver's `sys.path` and working directory stand outside of the pickle, because they have to be
+in force before it is read.
+
+`load` never runs the constructor: `LoadedCallable.construct` does, on the thread that the worker
+chooses. What user code raises while it starts becomes a BackendStartError with its traceback
+here and nowhere else. Calls are made, batched and timed in replica/worker.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import pickle
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from headgate.config import accepts_batch
+from headgate.core.state import Facts
+from headgate.errors import (
+    ArgumentError,
+    BackendStartError,
+    ConfigError,
+    EndpointNotFound,
+    HeadgateError,
+    SerializationError,
+)
+from headgate.wire.payload import error_text
+
+_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\.[^\W\d]\w*)*|\.[^\W\d]\w*)").fullmatch
+_HOOKS = ("reconfigure", "check_health")
+#: Files whose frames tell a user nothing.
+_OWN_FRAMES = (os.path.dirname(os.path.dirname(__file__)) + os.sep, importlib.__file__, "<frozen importlib")
+
+
+class Code(msgspec.Struct, frozen=True, array_like=True):
+    """A backend's code on its way: `pickled` holds (object or None, init_args)."""
+
+    name: str
+    path: str | None
+    sys_path: list[bytes]  # bytes, as file names need not be Unicode
+    cwd: bytes
+    pickled: bytes
+
+
+class Method(msgspec.Struct, frozen=True):
+    """Something to be called for requests.
+
+    function        takes one request, a list of them (`accepts_batch`), or nothing (not `takes_request`);
+                    if `is_async`, what it returns is to be awaited
+    """
+
+    name: str
+    function: Callable[..., Any]
+    is_async: bool
+    accepts_batch: bool
+    takes_request: bool
+
+
+# -- In the driver ----------------------------------------------------------------------------------
+
+
+def pack(target: object, init_args: tuple[object, ...] = ()) -> tuple[bytes, Facts | None]:
+    """A backend's code as bytes, and what is known of it (nothing yet of an import path).
+
+    Raises ArgumentError (neither function nor class nor import path; not callable with one request),
+    ConfigError (init args on a function) and SerializationError (does not pickle).
+    """
+    if isinstance(target, str):
+        if _PATH(target) is None:
+            raise ArgumentError(f'backend code {target!r} is no import path; write "module:name"')
+        name, path, facts = target, target, None
+    else:
+        check_code(target, init_args)
+        name, path, facts = _name(target), None, facts_of(target)
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        cwd = "/"
+    code = Code(
+        name=name,
+        path=path,
+        sys_path=[os.fsencode(os.path.join(cwd, entry)) for entry in sys.path],
+        cwd=os.fsencode(cwd),
+        pickled=_pickle((None if path else target, tuple(init_args)), name),
+    )
+    return msgspec.msgpack.encode(code), facts
+
+
+def check_code(target: object, init_args: tuple[object, ...] = ()) -> None:
+    """The errors of `pack` for an object that is there; also used for what an import path led to."""
+    if not callable(target):
+        raise ArgumentError(
+            f"backend code must be a function, a class or an import path, got {type(target).__name__}"
+        )
+    if isinstance(target, type):
+        stored = _own(target, "__call__")
+        has_self = hasattr(type(stored), "__get__") and not isinstance(stored, staticmethod | classmethod)
+        if stored is not None and _takes_request(target.__call__, extra=int(has_self)) is None:
+            raise ArgumentError(_cannot_be_called(f"{_name(target)}.__call__"))
+        return
+    if init_args:
+        raise ConfigError(
+            f"backend code {_name(target)!r} is a function, which takes no init args; got {len(init_args)}"
+        )
+    if _takes_request(target) is None:
+        raise ArgumentError(_cannot_be_called(_name(target)))
+
+
+def facts_of(target: Any) -> Facts:
+    """What a function or class tells about itself; of a class, `__call__`'s kind counts."""
+    if isinstance(target, type):
+        target = _own(target, "__call__")
+        target = getattr(target, "__func__", target)  # static and class methods
+    return Facts(is_async=_is_async(target), accepts_batch=_accepts_batch(target))
+
+
+def _cannot_be_called(name: str) -> str:
+    return (
+        f"backend code {name!r} must be callable with one positional argument, the request; "
+        "give further parameters a default"
+    )
+
+
+def _pickle(value: tuple[object, tuple[object, ...]], name: str) -> bytes:
+    import cloudpickle  # 10 ms; never needed in the proxy or the controller
+
+    try:
+        return cloudpickle.dumps(value, protocol=5)  # type: ignore[no-any-return]
+    except HeadgateError:
+        raise
+    except Exception as error:  # whatever a captured object's __reduce__ raises
+        raise SerializationError(
+            f"backend code {name!r} or its init args cannot be sent to a replica ({error_text(error)}); "
+            "open files, locks and connections belong in the constructor"
+        ) from error
+
+
+# -- In the replica ---------------------------------------------------------------------------------
+
+
+def load(blob: bytes) -> LoadedCallable:
+    """The code that `pack` made, imported or unpickled, in the driver's `sys.path` and directory.
+
+    Raises BackendStartError (naming the module if one is missing, with the traceback), and the
+    errors of `check_code` for what an import path leads to.
+    """
+    code = msgspec.msgpack.decode(blob, type=Code)
+    _enter(code)
+    try:
+        target, init_args = pickle.loads(code.pickled)
+        if code.path is not None:
+            target = _import(code.path)
+    except BackendStartError:
+        raise
+    except ModuleNotFoundError as error:
+        what = f"backend code {code.name!r} needs the module {error.name!r}, which the replica cannot find"
+        raise start_error(what, error) from error
+    except BaseException as error:  # a module's top level may raise anything, SystemExit too
+        raise start_error(f"backend code {code.name!r} cannot be loaded", error) from error
+    check_code(target, init_args)
+    return LoadedCallable(target, init_args, code.name)
+
+
+def start_error(what: str, error: BaseException) -> BackendStartError:
+    """`what`, the exception, and the user's traceback, as one error."""
+    return BackendStartError(f"{what}: {error_text(error)}\n\n{user_traceback(error)}")
+
+
+class LoadedCallable:
+    """A backend's function or class in its replica. For a class, `construct` comes first.
+
+    facts     as `facts_of`
+    """
+
+    def __init__(self, target: Any, init_args: tuple[Any, ...], name: str) -> None:
+        self.name = name
+        self.facts = facts_of(target)
+        self.is_class = isinstance(target, type)
+        self.instance: Any = None if self.is_class else target
+        self._target = target
+        self._init_args = init_args
+        self._methods: dict[str, Method] = {}
+
+    @property
+    def has_reconfigure(self) -> bool:
+        """Whether the class has a `reconfigure`."""
+        return self._has("reconfigure")
+
+    @property
+    def has_check_health(self) -> bool:
+        """Whether the class has a `check_health`."""
+        return self._has("check_health")
+
+    def construct(self) -> None:
+        """Build the instance of a class; BackendStartError with the traceback of what it raises."""
+        if not self.is_class:
+            return
+        try:
+            self.instance = self._target(*self._init_args)
+        except BaseException as error:  # SystemExit must not end the replica
+            raise start_error(f"the constructor of backend code {self.name!r} raised", error) from error
+
+    def hook(self, name: str) -> Method | None:
+        """`reconfigure` or `check_health`, or None if the class has none."""
+        return self._describe(name) if name in _HOOKS and self._has(name) else None
+
+    def method(self, name: str | None = None) -> Method:
+        """The method that a request asks for, `__call__` by default.
+
+        Raises EndpointNotFound (404) for one that is not there or not for requests: `_private`,
+        `reconfigure`, `check_health`, properties, and whatever only the instance holds.
+        """
+        known = self._methods.get(name or "__call__")
+        if known is not None:
+            return known
+        name = name or "__call__"
+        if (name.startswith("_") and name != "__call__") or name in _HOOKS or not self._has(name):
+            raise EndpointNotFound(
+                f"backend code {self.name!r} has no method {name!r} that a request may call; "
+                + ("define it in the class" if self.is_class else "it is a function, leave the method out")
+            )
+        self._methods[name] = method = self._describe(name)
+        return method
+
+    def _has(self, name: str) -> bool:
+        if not self.is_class:
+            return name == "__call__"
+        found = _own(self._target, name)
+        callables = (staticmethod, classmethod, functools.partialmethod)
+        return isinstance(found, callables) or (callable(found) and not isinstance(found, type))
+
+    def _describe(self, name: str) -> Method:
+        function = getattr(self.instance, name) if self.is_class else self.instance
+        is_async = _is_async(function)
+        returns_coroutine = inspect.iscoroutinefunction(function)
+        return Method(
+            name=name,
+            function=_awaitable(function) if is_async and not returns_coroutine else function,
+            is_async=is_async,
+            accepts_batch=_accepts_batch(function),
+            takes_request=_takes_request(function) is not False,
+        )
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback as text, its causes included, without headgate's own frames."""
+    shown = traceback.TracebackException.from_exception(error)
+    pending = [shown]
+    while pending:  # a tree: each exception is in it once
+        part = pending.pop()
+        part.stack[:] = [f for f in part.stack if not f.filename.startswith(_OWN_FRAMES)] or part.stack[-1:]
+        pending += [each for each in (part.__cause__, part.__context__, *(part.exceptions or ())) if each]
+    return "".join(shown.format()).rstrip("\n")
+
+
+def _enter(code: Code) -> None:
+    """Make the driver's import path and working directory this process's own."""
+    sys.path[:] = list(dict.fromkeys([*map(os.fsdecode, code.sys_path), *sys.path]))
+    with contextlib.suppress(OSError):  # on another node the directory may not exist
+        os.chdir(code.cwd)
+    importlib.invalidate_caches()
+
+
+def _import(path: str) -> Any:
+    module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    target: Any = importlib.import_module(module_name)
+    for name in attribute.split("."):
+        if not hasattr(target, name):
+            raise BackendStartError(
+                f"backend code {path!r}: module {module_name!r} ({getattr(target, '__file__', None)}) "
+                f"has no {attribute!r}"
+            )
+        target = getattr(target, name)
+    return target
+
+
+# -- What a callable is -----------------------------------------------------------------------------
+
+
+def _own(kind: type, name: str) -> Any:
+    """The attribute as it stands in the class or a base of it; nothing of the metaclass, nothing bound."""
+    for base in kind.__mro__:
+        if name in base.__dict__:
+            return base.__dict__[name]
+    return None
+
+
+def _layers(target: Any) -> list[Any]:
+    """A callable and what it wraps: partials, bound methods, functools.wraps, objects with `__call__`."""
+    layers: list[Any] = []
+    while target is not None and not any(target is layer for layer in layers):
+        layers.append(target)
+        inner = inspect.getattr_static(target, "__wrapped__", None)
+        if isinstance(target, functools.partial | functools.partialmethod):
+            inner = target.func
+        elif isinstance(target, staticmethod | classmethod | types.MethodType):
+            inner = target.__func__
+        elif inner is None and not inspect.isroutine(target) and not isinstance(target, type):
+            inner = _own(type(target), "__call__")
+        target = inner
+    return layers
+
+
+def _is_async(target: Any) -> bool:
+    return any(
+        inspect.iscoroutinefunction(layer) or inspect.isasyncgenfunction(layer) for layer in _layers(target)
+    )
+
+
+def _accepts_batch(target: Any) -> bool:
+    return any(accepts_batch(layer) for layer in _layers(target))
+
+
+def _takes_request(target: Any, extra: int = 0) -> bool | None:
+    """Whether to call it with a request; None if it can be called neither with one nor without.
+
+    extra     how many arguments come before the request
+    """
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # some builtins do not tell
+        return True
+    for count, answer in ((1, True), (0, False)):
+        try:
+            signature.bind(*(None,) * (count + extra))
+        except TypeError:
+            continue
+        return answer
+    return None
+
+
+def _awaitable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain wrapper of an `async def`, or an async generator function, as one that can be awaited."""
+
+    async def call(*arguments: Any) -> Any:
+        result = function(*arguments)
+        return await result if inspect.isawaitable(result) else result
+
+    return call
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__qualname__", None) or type(target).__qualname__

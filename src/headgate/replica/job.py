@@ -1,0 +1,198 @@
+"""One request as a replica holds it, from its CALL to its one final answer.
+
+A Job is the frame's bytes and where its parts stand in them; meta and body are read when they are
+needed. It knows how its answer travels: as an HTTP reply, or as a Python value for a handle.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headgate.core import framing
+from headgate.errors import BackendError, HeadgateError, RequestCancelled, RequestTimeout
+from headgate.replica.request import AsyncServeRequest, HTTPRequest, PlainServeRequest
+from headgate.replica.response import Reply, error_reply
+from headgate.wire import payload
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from headgate.replica.links import CallerLink
+    from headgate.replica.stream import Flow
+
+_pack = framing.HEADER.pack
+_ARENA = struct.Struct("<QQ")
+_HTTPMeta = tuple[str, str, str | None, list[str], str, int, tuple[str, int, str], str | None]
+_ValueMeta = tuple[str, str, str | None, str | None, dict[str, str] | None, bool]
+_decode_http = msgspec.msgpack.Decoder(_HTTPMeta).decode
+_decode_value = msgspec.msgpack.Decoder(_ValueMeta).decode
+
+
+class Job:
+    """A request that was accepted; `finish` of its link ends it."""
+
+    __slots__ = (
+        "_meta",
+        "body_end",
+        "body_start",
+        "cancelled",
+        "deadline",
+        "flags",
+        "flow",
+        "head_end",
+        "link",
+        "meta_end",
+        "slot",
+        "source",
+        "start",
+        "task",
+        "timed_out",
+        "upload",
+        "uploaded",
+    )  # fmt: skip
+
+    def __init__(
+        self, link: CallerLink, flags: int, meta_len: int, slot: int, arg: int, source: Any, start: int, end: int
+    ) -> None:
+        self.link = link
+        self.slot = slot
+        self.flags = flags
+        self.source = source
+        self.start = start
+        self.meta_end = start + meta_len
+        self.head_end = self.body_start = self.meta_end + (arg >> 32 & 0xFFFF)
+        self.body_end = end
+        remaining_ms = arg & 0xFFFFFFFF
+        self.deadline = monotonic() + remaining_ms / 1000 if remaining_ms else math.inf
+        self.cancelled = False
+        self.timed_out = False
+        self.flow: Flow | None = None  # a streamed answer in progress
+        self.task: asyncio.Task[None] | None = None
+        self.upload: bytearray | None = None  # a body that came in pieces
+        self.uploaded = 0
+        self._meta: Any = None
+
+    # --- what the caller sent ---
+
+    @property
+    def is_value(self) -> bool:
+        """Whether a handle called, and a Python value is wanted; else an HTTP reply is."""
+        return bool(self.flags & framing.VALUE)
+
+    @property
+    def meta(self) -> Any:
+        """The decoded meta; its fields depend on `is_value`, see `request`."""
+        if self._meta is None:
+            raw = bytes(self.source[self.start : self.meta_end])
+            self._meta = _decode_value(raw) if self.is_value else _decode_http(raw)
+        return self._meta
+
+    @property
+    def request_id(self) -> str:
+        return str(self.meta[0])
+
+    @property
+    def method_name(self) -> str | None:
+        """The method that the caller named; None for `__call__`."""
+        if not self.flags & framing.HEAD:
+            return None
+        name: str | None = self.meta[2] if self.is_value else self.meta[7]
+        return name
+
+    @property
+    def body(self) -> bytes | memoryview:
+        """The body; in the arena it is a view of memory that is freed with its last reference."""
+        if self.upload is not None:
+            return memoryview(self.upload)
+        if self.flags & framing.ARENA:
+            offset, size = _ARENA.unpack_from(self.source, self.body_start)
+            return self.link.borrow(offset, size)
+        source = self.source
+        if type(source) is bytes:
+            return source[self.body_start : self.body_end]
+        return memoryview(source)[self.body_start : self.body_end]
+
+    def request(self, is_async: bool) -> Any:
+        """What the handler gets."""
+        if self.is_value:
+            return self._serve_request(is_async)
+        request_id, _, template, raw, host, port, server, _ = self.meta
+        return HTTPRequest(
+            bytes(self.source[self.meta_end : self.head_end]),
+            self.body,
+            template or "",
+            raw,
+            (host, port),
+            (server[0], server[1]),
+            server[2],
+            request_id,
+            self._is_gone,
+        )
+
+    def _serve_request(self, is_async: bool) -> Any:
+        request_id, _, _, http_method, headers, has_kwargs = self.meta
+        data = payload.decode(self.body)
+        kwargs: dict[str, Any] | None = None
+        if has_kwargs:
+            data, kwargs = data
+        if isinstance(data, HTTPRequest):
+            return data
+        kind = AsyncServeRequest if is_async else PlainServeRequest
+        return kind(data, kwargs, headers, http_method or "GET", request_id)
+
+    def _is_gone(self) -> bool:
+        return self.cancelled or self.link.closed
+
+    # --- whether it may run ---
+
+    def refusal(self) -> bytes | None:
+        """The final frame of a request that must not start any more, or None: go ahead."""
+        if self.cancelled:
+            if self.timed_out:
+                return self.error(RequestTimeout("the request passed its deadline before it started"))
+            return self.error(RequestCancelled("the caller had gone before the request started"))
+        if self.deadline < monotonic():
+            return self.error(RequestTimeout("the request passed its deadline while it waited in the replica"))
+        return None
+
+    def mark_started(self) -> None:
+        """From here on user code may have run: the request is never sent elsewhere."""
+        page = self.link.page
+        if self.slot < len(page):
+            page[self.slot] = 1
+
+    # --- final frames ---
+
+    def reply(self, reply: Reply) -> bytes | None:
+        """The frame of a whole HTTP reply; None if it is so large that it has to go in pieces."""
+        status, kind, block, body = reply
+        if len(body) > framing.BIG:
+            return None
+        arg = status | kind << 16
+        if block is None:
+            return _pack(len(body), framing.REPLY, 0, 0, self.slot, arg) + body
+        head = _pack(len(block) + len(body), framing.REPLY, framing.HEAD, len(block), self.slot, arg)
+        return b"%b%b%b" % (head, block, body)
+
+    def failure(self, error: BaseException, traceback_text: str, expose: bool) -> bytes:
+        """The final frame of a request whose user code raised."""
+        if isinstance(error, HeadgateError) and not isinstance(error, BackendError) and not traceback_text:
+            return self.error(error)
+        if self.is_value:
+            body = payload.encode_error(error, traceback_text)
+            return _pack(len(body), framing.ERROR, framing.VALUE, 0, self.slot, 500) + body
+        status, _, _, text = error_reply(error, traceback_text, expose)
+        return _pack(len(text), framing.ERROR, 0, 0, self.slot, status) + text
+
+    def error(self, error: HeadgateError) -> bytes:
+        """The final frame of a request that headgate itself refuses."""
+        if self.is_value:
+            body = payload.encode_error(error, "")
+            return _pack(len(body), framing.ERROR, framing.VALUE, 0, self.slot, error.http_status) + body
+        text = str(error).encode("utf-8", "backslashreplace")
+        return _pack(len(text), framing.ERROR, 0, 0, self.slot, error.http_status) + text

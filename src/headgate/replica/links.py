@@ -1,0 +1,146 @@
+"""The replica's end of a link to one router: requests in, answers out.
+
+It admits or refuses what comes in (core/admission.py has the count over all links), puts bodies
+that come in pieces together, and hands whole requests to the worker. When the router goes away,
+its requests are cancelled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import weakref
+from mmap import mmap
+from typing import TYPE_CHECKING
+
+from headgate.core import framing
+from headgate.errors import ProtocolError
+from headgate.replica.job import Job
+from headgate.wire.link import Frame, Link
+
+if TYPE_CHECKING:
+    from headgate.replica.worker import Worker
+
+_pack = framing.HEADER.pack
+_TOTAL = struct.Struct("<Q")
+
+
+class CallerLink(Link):
+    """A connection from a router.
+
+    page    one byte for each slot, set when its request starts
+    arena   memory that the router receives large bodies into, if it has such
+    """
+
+    def __init__(self, worker: Worker, name: str, page: mmap, arena: mmap | None) -> None:
+        super().__init__()
+        self.worker = worker
+        self.name = name
+        self.page = page
+        self.jobs: dict[int, Job] = {}
+        self._arena = arena
+
+    def on_frames(self, frames: list[Frame]) -> None:
+        for kind, flags, meta_len, slot, arg, source, start, end in frames:
+            if kind == framing.CALL:
+                self._call(flags, meta_len, slot, arg, source, start, end)
+            elif kind == framing.DATA:
+                self._piece(slot, source, start, end)
+            elif kind == framing.END:
+                self._whole(slot)
+            elif kind == framing.CANCEL:
+                self._cancel(slot, timed_out=arg == 1)
+            elif kind == framing.CREDIT:
+                job = self.jobs.get(slot)
+                if job is not None and job.flow is not None:
+                    job.flow.credit(arg)
+            elif kind == framing.ROOM:
+                self.worker.tell_room(self.worker.admission.hand_back(self, arg))
+            elif kind == framing.PING:
+                self.send(_pack(0, framing.PONG, 0, 0, 0, arg))
+            else:
+                raise ProtocolError(f"frame type {kind} from a router")
+        self.worker.read_done()
+
+    def _call(self, flags: int, meta_len: int, slot: int, arg: int, source: bytes, start: int, end: int) -> None:
+        worker = self.worker
+        needed = worker.refuses(self)
+        if needed is not None:
+            self.send(_pack(0, framing.DRAINING, 0, 0, slot, needed))
+            return
+        want = arg >> 48
+        if not worker.admission.offer(self, want):
+            self.send(_pack(0, framing.BUSY, 0, 0, slot, 0))
+            return
+        if want:
+            worker.tell_room(worker.admission.rooms())
+        job = Job(self, flags, meta_len, slot, arg, source, start, end)
+        self.jobs[slot] = job
+        if flags & framing.MORE:
+            (total,) = _TOTAL.unpack_from(source, job.head_end)
+            job.upload = bytearray(total)
+        else:
+            worker.take(job)
+
+    def _piece(self, slot: int, source: bytes, start: int, end: int) -> None:
+        job = self.jobs.get(slot)
+        if job is None or job.upload is None:  # refused or cancelled while pieces were under way
+            return
+        at = job.uploaded
+        if at + end - start > len(job.upload):
+            raise ProtocolError("a request's body is larger than announced")
+        job.upload[at : at + end - start] = memoryview(source)[start:end]
+        job.uploaded = at + end - start
+
+    def _whole(self, slot: int) -> None:
+        job = self.jobs.get(slot)
+        if job is not None and job.upload is not None:
+            if job.uploaded != len(job.upload):
+                raise ProtocolError("a request's body is smaller than announced")
+            self.worker.take(job)
+
+    def _cancel(self, slot: int, timed_out: bool) -> None:
+        job = self.jobs.get(slot)
+        if job is None:
+            return
+        job.timed_out = timed_out
+        complete = job.upload is None or job.uploaded == len(job.upload)
+        self.worker.cancel(job)
+        if not complete:
+            self.finish(job, job.refusal() or b"")
+
+    def finish(self, job: Job, frame: bytes) -> None:
+        """Send a request's final frame and free what it held."""
+        if self.jobs.pop(job.slot, None) is not job:
+            return
+        if not self.closed:
+            self.send(frame)
+        self.worker.freed()
+
+    def borrow(self, offset: int, size: int) -> memoryview:
+        """A read-only view of `size` bytes of the arena; the router is told when nothing refers to it."""
+        if self._arena is None:
+            raise ProtocolError("a body in an arena that was never passed")
+        segment = (ctypes.c_char * size).from_buffer(self._arena, offset)
+        weakref.finalize(segment, self._free, offset).atexit = False
+        return memoryview(segment).cast("B").toreadonly()
+
+    def _free(self, offset: int) -> None:
+        # Runs on whichever thread dropped the last reference.
+        self.worker.from_any_thread(self._send_free, offset)
+
+    def _send_free(self, offset: int) -> None:
+        if not self.closed:
+            self.send(_pack(0, framing.FREE, 0, 0, 0, offset))
+
+    def on_end(self) -> None:
+        self.worker.lost(self)
+        for job in list(self.jobs.values()):
+            self.worker.cancel(job)
+            if job.upload is not None and job.uploaded != len(job.upload):
+                self.finish(job, b"")
+
+    def on_resume(self) -> None:
+        for job in list(self.jobs.values()):
+            if job.flow is not None:
+                job.flow.credit(0)

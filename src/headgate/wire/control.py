@@ -1,0 +1,339 @@
+"""The control connection: calls to the controller, snapshots and their acknowledgements.
+
+`Hub` is the controller's side: it accepts peers and hands their messages on. `ControlClient` is
+everybody else's: it stays connected through the controller's restarts, sends unanswered calls
+again, keeps the newest snapshot and acknowledges it once `on_snapshot` has made it the one in
+force. It lives on one event loop; a process whose loop belongs to its user runs it on a thread
+of headgate's own, thread.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from headgate import errors
+from headgate.core import framing
+from headgate.core.state import Snapshot
+from headgate.errors import HeadgateError, InstanceError, ProtocolError
+from headgate.wire import messages
+from headgate.wire.handshake import accept, dial
+from headgate.wire.link import Frame, Link, open_link
+
+log = logging.getLogger("headgate.control")
+
+RECONNECT_S = 0.02
+_decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
+_encode = msgspec.msgpack.encode
+
+
+def _framed(message: Any) -> bytes:
+    body = messages.encode(message)
+    return framing.HEADER.pack(len(body), framing.CONTROL, 0, 0, 0, 0) + body
+
+
+class Peer(Link):
+    """One process as the controller sees it; `role` is empty until its Hello."""
+
+    role = ""
+    id = ""
+    pid = 0
+    follows = False
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__()
+        self._hub = hub
+
+    def tell(self, message: messages.FromController) -> None:
+        """Send a message; nothing happens when the peer is gone."""
+        if not self.closed:
+            self.send(_framed(message))
+
+    def on_frames(self, frames: list[Frame]) -> None:
+        for kind, _, _, _, _, source, start, end in frames:
+            if kind != framing.CONTROL:
+                raise ProtocolError(f"frame type {kind} on a control connection")
+            try:
+                message = messages.decode_to_controller(source[start:end])
+            except msgspec.MsgspecError as error:
+                raise ProtocolError(f"not a control message: {error}") from None
+            if isinstance(message, messages.Hello):
+                self.role, self.id, self.pid = message.role, message.id, message.pid
+                self.follows = message.follows
+            self._hub.on_message(self, message)
+
+    def on_end(self) -> None:
+        self._hub.peers.discard(self)
+        if self.role:
+            self._hub.on_gone(self)
+
+
+class Hub:
+    """The controller's end of all control connections.
+
+    on_message(peer, message)   every message, Hello first
+    on_gone(peer)               the connection of a peer that had said Hello ended
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        token: bytes,
+        on_message: Callable[[Peer, messages.ToController], None],
+        on_gone: Callable[[Peer], None],
+    ) -> None:
+        self.peers: set[Peer] = set()
+        self.on_message = on_message
+        self.on_gone = on_gone
+        self._acceptor = Acceptor(listener, token, self._admit)
+
+    def open(self) -> None:
+        """Accept connections on the running loop."""
+        self._acceptor.open()
+
+    async def _admit(self, sock: socket.socket, name: str, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        peer = Peer(self)
+        self.peers.add(peer)
+        await open_link(peer, sock)
+
+    def close(self) -> None:
+        """Stop accepting and end every connection once it is written out."""
+        self._acceptor.close()
+        for peer in list(self.peers):
+            peer.close()
+
+
+class Acceptor:
+    """Accepts connections on a listening socket, greets them, and hands over those that prove themselves."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        token: bytes,
+        admit: Callable[[socket.socket, str, list[int]], Any],
+    ) -> None:
+        self._listener = listener
+        self._token = token
+        self._admit = admit
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def open(self) -> None:
+        """Accept on the running loop from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        assert self._loop is not None
+        for _ in range(100):
+            try:
+                sock, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no file descriptors left: come back when some may be free
+                log.error("cannot accept a connection: %s", error)
+                self._loop.remove_reader(self._listener.fileno())
+                self._loop.call_later(0.1, self.open)
+                return
+            task = self._loop.create_task(self._greet(sock))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _greet(self, sock: socket.socket) -> None:
+        try:
+            name, fds = await accept(sock, self._token)
+        except (OSError, ProtocolError) as error:
+            log.warning("refused a connection: %s", error)
+            sock.close()
+            return
+        await self._admit(sock, name, fds)
+
+    def close(self) -> None:
+        """Stop accepting; the listening socket itself is closed too."""
+        if self._loop is not None and self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+
+
+class _Connection(Link):
+    """The client's side of one connection to one incarnation of the controller."""
+
+    def __init__(self, client: ControlClient) -> None:
+        super().__init__()
+        self._client = client
+
+    def on_frames(self, frames: list[Frame]) -> None:
+        for kind, _, _, _, _, source, start, end in frames:
+            if kind != framing.CONTROL:
+                raise ProtocolError(f"frame type {kind} on a control connection")
+            self._client._received(messages.decode_from_controller(source[start:end]))
+
+    def on_end(self) -> None:
+        self._client._lost(self)
+
+
+class ControlClient:
+    """A process's connection to its controller.
+
+    hello         makes the Hello for each (re)connection, given the version of the newest snapshot
+    on_message    what is not an answer, a snapshot or a ping: commands for replicas and proxies
+    on_snapshot   called with each newer snapshot, on this loop, before it is acknowledged
+    on_gone       called once when the instance is over: nobody listens on the control socket
+    """
+
+    def __init__(
+        self,
+        path: str,
+        token: bytes,
+        hello: Callable[[int], messages.Hello],
+        *,
+        on_message: Callable[[messages.FromController], None] = lambda message: None,
+        on_snapshot: Callable[[Snapshot], None] = lambda snapshot: None,
+        on_gone: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.snapshot = Snapshot()
+        self.gone = False
+        self.on_message = on_message
+        self.on_snapshot = on_snapshot
+        self.on_gone = on_gone
+        self._path = path
+        self._token = token
+        self._hello = hello
+        self._link: _Connection | None = None
+        self._calls: dict[int, tuple[messages.Request, asyncio.Future[msgspec.Raw]]] = {}
+        self._count = 0
+        self._name = os.urandom(8).hex()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._snapshot_waiters: list[tuple[int, asyncio.Future[None]]] = []
+
+    async def open(self) -> None:
+        """Connect; raises InstanceError when there is nobody to connect to."""
+        self._loop = asyncio.get_running_loop()
+        await self._connect()
+        if self._link is None:
+            raise InstanceError(f"no headgate instance listens on {self._path}")
+
+    async def _connect(self) -> None:
+        while not self.gone:
+            link = _Connection(self)
+            try:
+                hello = self._hello(self.snapshot.version)
+                sock, _ = await dial(self._path, self._token, hello.id)
+                await open_link(link, sock)
+            except (ConnectionRefusedError, FileNotFoundError):
+                self._end()
+                return
+            except (OSError, ProtocolError):  # the controller is being replaced
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            self._link = link
+            self.tell(self._hello(self.snapshot.version))
+            for request, _ in self._calls.values():
+                self.tell(request)
+            return
+
+    def tell(self, message: messages.ToController) -> None:
+        """Send a message; dropped while the controller is away (Hello repeats all that matters)."""
+        if self._link is not None:
+            self._link.send(_framed(message))
+
+    async def call(self, method: str, params: dict[str, Any]) -> Any:
+        """The controller's answer to a call, repeated by itself when the controller is replaced.
+
+        Raises what the controller raised, and InstanceError when the instance is over.
+        """
+        if self.gone:
+            raise _over()
+        self._count += 1
+        request = messages.Request(
+            self._count, f"{self._name}-{self._count}", method, msgspec.Raw(_encode(params))
+        )
+        answer: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+        self._calls[request.id] = request, answer
+        try:
+            self.tell(request)
+            return msgspec.msgpack.decode(await answer)
+        finally:
+            self._calls.pop(request.id, None)
+
+    async def newer_than(self, version: int) -> None:
+        """Wait until a snapshot newer than `version` is in force here."""
+        if self.snapshot.version <= version and not self.gone:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._snapshot_waiters.append((version, waiter))
+            await waiter
+
+    def _received(self, message: messages.FromController) -> None:
+        if isinstance(message, messages.Response):
+            self._answer(message)
+        elif isinstance(message, messages.Publish):
+            self._take(message)
+        elif isinstance(message, messages.Ping):
+            self.tell(messages.Pong())
+        else:
+            self.on_message(message)
+
+    def _answer(self, response: messages.Response) -> None:
+        _, answer = self._calls.get(response.id, (None, None))
+        if answer is None or answer.done():
+            return
+        if response.error is not None:
+            answer.set_exception(errors.from_wire(*response.error))
+        else:
+            answer.set_result(response.value)
+
+    def _take(self, publish: messages.Publish) -> None:
+        if publish.version > self.snapshot.version:
+            self.snapshot = _decode_snapshot(publish.snapshot)
+            self.on_snapshot(self.snapshot)
+            waiters, self._snapshot_waiters = self._snapshot_waiters, []
+            for version, waiter in waiters:
+                if self.snapshot.version <= version:
+                    self._snapshot_waiters.append((version, waiter))
+                elif not waiter.done():
+                    waiter.set_result(None)
+        self.tell(messages.Ack(self.snapshot.version))
+
+    def _lost(self, link: _Connection) -> None:
+        if link is self._link and not self.gone:
+            self._link = None
+            assert self._loop is not None
+            self._task = self._loop.create_task(self._connect())
+
+    def _end(self) -> None:
+        if self.gone:
+            return
+        self.gone = True
+        for _, answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(_over())
+        for _, waiter in self._snapshot_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.on_gone()
+
+    def close(self) -> None:
+        """Leave; the instance goes on. Calls without an answer fail."""
+        self.on_gone = lambda: None
+        self._end()
+        if self._task is not None:
+            self._task.cancel()
+        if self._link is not None:
+            self._link.close()
+
+
+def _over() -> HeadgateError:
+    return InstanceError(
+        "the instance is over: it has already been shut down or its processes were killed; "
+        "call headgate.start() for a new one"
+    )

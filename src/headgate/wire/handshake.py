@@ -1,0 +1,177 @@
+"""Who may connect: a mutual challenge on the raw socket, before an event loop frames anything on it.
+
+The dialer sends a greeting with a nonce and its name, and passes its file descriptors along;
+the acceptor answers with a nonce of its own and proof that it holds the instance's token; the
+dialer proves the same. Each side's proof covers both nonces and names its role, so that neither
+can be replayed or reflected. On a unix socket the peer must also be of the same user.
+
+Everything is awaited without blocking the loop and within `TIMEOUT_S`. Received file
+descriptors are closed on every path that fails. The transport is made afterwards, link.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+from headgate.errors import ProtocolError
+
+VERSION = 1
+TIMEOUT_S = 1.0
+MAX_FDS = 2
+
+_MAGIC = b"HGT1"
+_GREETING = struct.Struct("<4sHH32s64s")  # magic, version, reserved, nonce, name
+_ANSWER = struct.Struct("<4sHH32sQ32s")  # magic, version, reserved, nonce, pid, proof
+_CREDENTIALS = struct.Struct("3i")
+
+
+async def dial(path: str, token: bytes, name: str, fds: Sequence[int] = ()) -> tuple[socket.socket, int]:
+    """A connected, authenticated, non-blocking socket, and the pid of the process behind it.
+
+    Raises OSError when nobody listens at `path`, ProtocolError when the other side is not ours.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(TIMEOUT_S):
+            pid = await _dial(sock, path, token, name.encode(), fds)
+    except TimeoutError:
+        sock.close()
+        raise ProtocolError(f"no answer to the handshake on {path} within {TIMEOUT_S:g} s") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock, pid
+
+
+async def _dial(sock: socket.socket, path: str, token: bytes, name: bytes, fds: Sequence[int]) -> int:
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            sock.connect(path)
+            break
+        except BlockingIOError:  # the listener's queue is full, connect() on a unix socket does not wait
+            await asyncio.sleep(0.005)
+    _check_user(sock)
+    nonce = os.urandom(32)
+    greeting = _GREETING.pack(_MAGIC, VERSION, 0, nonce, name)
+    if fds:
+        socket.send_fds(sock, [greeting], list(fds))
+    else:
+        sock.send(greeting)
+    answer = await _receive(loop, sock, _ANSWER.size)
+    magic, version, _, their_nonce, pid, proof = _ANSWER.unpack(answer)
+    _check_version(magic, version)
+    if not hmac.compare_digest(proof, _proof(token, b"acceptor", nonce, their_nonce)):
+        raise ProtocolError(f"whoever listens on {path} does not hold this instance's token")
+    await loop.sock_sendall(sock, _proof(token, b"dialer", nonce, their_nonce))
+    return int(pid)
+
+
+async def accept(sock: socket.socket, token: bytes) -> tuple[str, list[int]]:
+    """Greet a connection that was just accepted: (the dialer's name, the file descriptors it passed).
+
+    Raises ProtocolError or OSError; the caller closes the socket.
+    """
+    fds: list[int] = []
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(TIMEOUT_S):
+            name = await _accept(sock, token, fds)
+    except TimeoutError:
+        _close(fds)
+        raise ProtocolError(f"the dialer did not finish the handshake within {TIMEOUT_S:g} s") from None
+    except BaseException:
+        _close(fds)
+        raise
+    return name, fds
+
+
+async def _accept(sock: socket.socket, token: bytes, fds: list[int]) -> str:
+    loop = asyncio.get_running_loop()
+    _check_user(sock)
+    greeting, flags = await _receive_fds(loop, sock, _GREETING.size, fds)
+    magic, version, _, nonce, name = _GREETING.unpack(greeting)
+    _check_version(magic, version)
+    if flags & socket.MSG_CTRUNC:
+        raise ProtocolError("the dialer passed more file descriptors than a handshake may")
+    mine = os.urandom(32)
+    proof = _proof(token, b"acceptor", nonce, mine)
+    await loop.sock_sendall(sock, _ANSWER.pack(_MAGIC, VERSION, 0, mine, os.getpid(), proof))
+    answer = await _receive(loop, sock, 32)
+    if not hmac.compare_digest(answer, _proof(token, b"dialer", nonce, mine)):
+        raise ProtocolError("the dialer does not hold this instance's token")
+    return str(name.rstrip(b"\0").decode("utf-8", "replace"))
+
+
+def _proof(token: bytes, role: bytes, dialer_nonce: bytes, acceptor_nonce: bytes) -> bytes:
+    return hmac.digest(token, role + dialer_nonce + acceptor_nonce, "sha256")
+
+
+def _check_version(magic: bytes, version: int) -> None:
+    if magic != _MAGIC:
+        raise ProtocolError("the peer does not speak headgate's protocol")
+    if version != VERSION:
+        raise ProtocolError(f"the peer speaks wire version {version}, this process version {VERSION}")
+
+
+def _check_user(sock: socket.socket) -> None:
+    # SO_PEERCRED names the process that called listen() or connect(): its user is what counts here.
+    size = _CREDENTIALS.size
+    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    if uid != os.geteuid():
+        raise ProtocolError(f"the peer runs as user {uid}, this process as {os.geteuid()}")
+
+
+async def _receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:  # exactly: what follows belongs to the link
+        piece = await loop.sock_recv(sock, size - len(data))
+        if not piece:
+            raise ProtocolError("the peer closed the connection in the middle of the handshake")
+        data += piece
+    return data
+
+
+async def _receive_fds(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int, fds: list[int]
+) -> tuple[bytes, int]:
+    data, flags = b"", 0
+    while len(data) < size:
+        await _readable(loop, sock)
+        try:
+            piece, received, flag, _ = socket.recv_fds(
+                sock, size - len(data), MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            continue
+        fds.extend(received)
+        flags |= flag
+        if not piece:
+            raise ProtocolError("the peer closed the connection in the middle of the handshake")
+        data += piece
+    return data, flags
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def mark() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock.fileno(), mark)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock.fileno())
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

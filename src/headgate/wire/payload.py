@@ -1,0 +1,217 @@
+"""Python values as bytes between headgate's own processes.
+
+The first byte says how the rest is to be read: nothing, bytes, text, a pickle, a pickle whose
+large buffers follow it, a cloudpickle. None, bytes and str skip pickle altogether. What the
+receiver could not find by name (anything of `__main__`, a local class) travels by value, with
+cloudpickle.
+
+`encode` copies nothing that is large: it returns buffers to be written one after the other.
+`decode` gives values that own their memory, so the caller may reuse the buffer it passed in.
+
+Only for authenticated links: decoding runs code of the sender's choice. The frames around a
+payload are core/framing.py; errors of headgate itself travel as text, errors.to_wire.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from headgate.errors import BackendError, HeadgateError, ProtocolError, SerializationError
+
+NONE, BYTES, TEXT, PICKLE, PICKLE_WITH_BUFFERS, CLOUDPICKLE = range(6)
+
+_ERROR = msgspec.msgpack.Decoder(tuple[str, str, bytes | None])  # text, traceback, payload
+
+Buffer = bytes | bytearray | memoryview
+
+_COUNT = struct.Struct("<BI")  # kind, number of lengths that follow: the pickle's, then each buffer's
+_NONE, _BYTES, _TEXT, _PICKLE, _, _CLOUDPICKLE = (bytes((kind,)) for kind in range(6))
+
+
+def encode(value: object) -> list[Buffer]:
+    """`value` as buffers to be sent in this order.
+
+    Raises SerializationError naming the type and the reason, or the HeadgateError that an object
+    raises because it is not meant to travel (a Client, for one).
+    """
+    kind = type(value)
+    if value is None:
+        return [_NONE]
+    if kind is bytes:
+        return [_BYTES, value]  # type: ignore[list-item]
+    if kind is str:
+        try:
+            return [_TEXT, value.encode()]  # type: ignore[attr-defined]
+        except UnicodeEncodeError:  # a lone surrogate, which pickle can carry
+            pass
+    if kind is bytearray:
+        value = pickle.PickleBuffer(value)  # type: ignore[arg-type]
+    return _encode_pickle(value)
+
+
+def decode(buffer: Buffer) -> Any:
+    """The value that `encode` was given.
+
+    Raises ProtocolError for bytes that `encode` did not make, SerializationError for a value that
+    cannot be rebuilt here.
+    """
+    view = memoryview(buffer)
+    kind = view[0] if len(view) else -1
+    if kind == BYTES:
+        return bytes(view[1:])
+    if kind == TEXT:
+        return str(view[1:], "utf-8")
+    if kind == NONE:
+        return None
+    if kind in (PICKLE, CLOUDPICKLE):
+        return _load(view[1:], ())
+    if kind == PICKLE_WITH_BUFFERS:
+        pickled, *buffers = _split(view)
+        return _load(pickled, [bytearray(each) for each in buffers])  # writable, aligned, and its own
+    raise ProtocolError(f"a payload begins with {kind}; this version knows {NONE} to {CLOUDPICKLE}")
+
+
+def encode_error(error: BaseException, traceback_text: str) -> bytes:
+    """An exception of user code with its traceback; one that does not pickle travels as its text."""
+    cause = error.__cause__
+    if isinstance(error, BackendError) and type(cause) in type(error).__mro__:
+        error = cause or error  # a call of another backend failed: its user's error, not our wrapping
+    try:
+        pickled = b"".join(encode(error)) if _may_be_raised_elsewhere(error) else None
+    except HeadgateError:
+        pickled = None
+    return msgspec.msgpack.encode((error_text(error), _shown(traceback_text), pickled))
+
+
+def decode_error(data: Buffer) -> HeadgateError:
+    """A BackendError that is also an instance of the user's class if that can be rebuilt here.
+
+    An error of headgate's own that came without a traceback is no failure of user code: it is itself.
+    """
+    try:
+        text, traceback_text, pickled = _ERROR.decode(data)
+    except msgspec.DecodeError as reason:
+        raise ProtocolError(f"this is not an encoded error: {reason}") from None
+    error = BackendError(text)
+    if pickled is not None:
+        try:
+            cause = decode(pickled)
+            if isinstance(cause, HeadgateError) and not traceback_text:
+                return cause
+            error = cause if isinstance(cause, BackendError) else BackendError.wrap(cause, traceback_text)
+        except Exception:  # noqa: BLE001 - the user's class runs its own code while it is rebuilt
+            error = BackendError(text)
+    error.remote_traceback = traceback_text
+    return error
+
+
+def error_text(error: BaseException) -> str:
+    """ "TypeName: message", whatever the exception's own `__str__` does; no traceback."""
+    name = type(error).__name__
+    try:
+        shown = ", ".join(map(str, error.args)) if isinstance(error, BackendError) else str(error)
+    except Exception:  # noqa: BLE001 - the user's class
+        shown = "(its message cannot be shown)"
+    return _shown(f"{name}: {shown}" if shown else name)
+
+
+def _shown(text: str) -> str:
+    """`text` without lone surrogates, which UTF-8 cannot carry."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _may_be_raised_elsewhere(error: BaseException) -> bool:
+    """Whether raising it in a caller means "that failed" and not "stop": asyncio and generators
+    take SystemExit, CancelledError or StopIteration as their own."""
+    return isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration)
+
+
+def _encode_pickle(value: object) -> list[Buffer]:
+    buffers: list[pickle.PickleBuffer] = []
+    first = _PICKLE
+    try:
+        pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
+        by_name = b"__main__" not in pickled
+    except Exception:  # noqa: BLE001 - user classes raise anything here; cloudpickle is tried next
+        by_name = False
+    if not by_name:
+        first = _CLOUDPICKLE
+        buffers.clear()
+        pickled = _cloudpickle(value, buffers.append)
+    if not buffers:
+        return [first, pickled]
+    parts: list[Buffer] = [pickled, *(each.raw() for each in buffers)]
+    lengths = [len(part) for part in parts]
+    return [_COUNT.pack(PICKLE_WITH_BUFFERS, len(parts)) + struct.pack(f"<{len(parts)}Q", *lengths), *parts]
+
+
+def _cloudpickle(value: object, keep: Callable[[pickle.PickleBuffer], Any]) -> bytes:
+    file = io.BytesIO()
+    try:
+        _cloud_pickler()(file, protocol=5, buffer_callback=keep).dump(value)
+    except HeadgateError:
+        raise
+    except Exception as error:  # whatever a user's __reduce__ raises
+        kind = type(value)
+        raise SerializationError(
+            f"a value of type {kind.__module__}.{kind.__qualname__} cannot be sent to another process "
+            f"({error_text(error)}); send something that pickles"
+        ) from error
+    return file.getvalue()
+
+
+@functools.cache
+def _cloud_pickler() -> Callable[..., pickle.Pickler]:
+    from cloudpickle import Pickler  # 10 ms, and most values never need it
+
+    class CloudPickler(Pickler):  # type: ignore[misc]
+        """cloudpickle, but a memoryview stays one."""
+
+        dispatch_table = Pickler.dispatch_table.new_child({memoryview: _reduce_view})
+
+    return CloudPickler
+
+
+def _reduce_view(view: memoryview) -> tuple[Callable[..., memoryview], tuple[Any, ...]]:
+    if not view.c_contiguous:
+        return _view, (bytearray(view.tobytes()), view.format, view.shape)
+    return _view, (pickle.PickleBuffer(view), view.format, view.shape)
+
+
+def _view(buffer: Buffer, form: str, shape: tuple[int, ...]) -> memoryview:
+    view = memoryview(buffer).cast("B")
+    return view if (form, len(shape)) == ("B", 1) else view.cast(form, list(shape))  # type: ignore[call-overload]
+
+
+def _split(view: memoryview) -> list[memoryview]:
+    """The pickle and its buffers."""
+    try:
+        count = _COUNT.unpack_from(view)[1]
+        lengths = struct.unpack_from(f"<{count}Q", view, _COUNT.size)
+    except struct.error as error:
+        raise ProtocolError(f"a payload's table of lengths is cut short: {error}") from None
+    position = _COUNT.size + 8 * count
+    if count == 0 or position + sum(lengths) != len(view):
+        raise ProtocolError(f"a payload of {len(view)} bytes does not have the lengths it states")
+    parts = []
+    for length in lengths:
+        parts.append(view[position : position + length])
+        position += length
+    return parts
+
+
+def _load(pickled: memoryview, buffers: Any) -> Any:
+    try:
+        return pickle.loads(pickled, buffers=buffers)
+    except Exception as error:  # the classes named in it run their own code
+        raise SerializationError(
+            f"a value from another process cannot be rebuilt here ({error_text(error)}); "
+            "the class must be importable on both sides, and unpickle"
+        ) from error

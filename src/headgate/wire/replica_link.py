@@ -1,0 +1,368 @@
+"""The router's end of a link to one replica: requests out, answers in.
+
+Each request holds a slot of the link from CALL to its one final answer: a REPLY or ERROR, an END
+after a streamed one, BUSY, or DRAINING. A caller that has given up leaves a stand-in in its slot,
+so that the slot is free again only when the replica says so.
+
+What a request lost with the link becomes is decided only after the link was read dry and the
+process behind it is dead: then the slot page tells which requests had started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from headgate.core import framing
+from headgate.errors import HeadgateError, ProtocolError
+from headgate.wire.handshake import dial
+from headgate.wire.link import PIECE_BYTES, WINDOW_BYTES, Frame, Link, Source, open_link
+from headgate.wire.slots import SlotPage
+
+if TYPE_CHECKING:
+    from headgate.core.assignment import ReplicaSet
+    from headgate.core.state import Endpoint, ReplicaAddress
+
+_pack = framing.HEADER.pack
+_TOTAL = struct.Struct("<Q")
+_NEVER = float("inf")
+_MAX_MS = 0xFFFFFFFF
+#: A body up to this size goes in its CALL; a larger one in pieces, so that it holds up nobody.
+WHOLE_BYTES = 128 * 1024
+_DEATH_S = 1.0
+
+
+class Hub(Protocol):
+    """What a link needs of the router (router.Router)."""
+
+    token: bytes
+    name: str
+    arena_fd: int | None
+    loop: asyncio.AbstractEventLoop
+    on_free: Callable[[int], None]
+    timed: set[Caller]
+
+    def hold(self, caller: Caller, version: int) -> None: ...
+
+
+class Line(Protocol):
+    """What a link needs of its backend's waiting line (router.BackendRoute)."""
+
+    replicas: ReplicaSet
+
+    def dispatch(self) -> None: ...
+    def again(self, caller: Caller) -> None: ...
+    def answered(self) -> None: ...
+    def lost(self, link: ReplicaLink) -> None: ...
+    def recover(self, caller: Caller, started: bool) -> None: ...
+    def withdraw(self, caller: Caller) -> None: ...
+
+
+class Caller:
+    """Whoever waits for a request's answer; also the request, as the wire wants it.
+
+    Exactly one of on_reply, on_error, on_failure, or on_reply_start .. on_reply_end ends it;
+    on_failure may also cut a streamed answer short. None of them may raise.
+    """
+
+    # the request
+    meta = b""
+    head = b""
+    body: Any = b""
+    flags = 0
+    deadline = _NEVER  # of the loop's clock
+    unlimited = False  # may wait in a line of any length
+    # the router's own notes
+    order = 0
+    endpoint: Endpoint | None = None
+    shard_key: str | None = None
+    backend: Line | None = None
+    link: ReplicaLink | None = None
+    slot = 0
+    tries = 0
+    ran_twice = False
+    answering = False  # the first part of an answer has arrived
+    gone = False  # gave up
+
+    def on_reply(self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
+        """The whole answer: payload source[start:end]."""
+
+    def on_reply_start(
+        self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int
+    ) -> None:
+        """An answer of which more follows."""
+
+    def on_data(self, source: Source, start: int, end: int) -> None:
+        """A further part of the answer."""
+
+    def on_reply_end(self) -> None:
+        """The end of an answer in parts."""
+
+    def on_error(self, status: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
+        """The replica answered with an error."""
+
+    def on_failure(self, error: HeadgateError) -> None:
+        """There is no answer, or no more of it."""
+
+    def grant(self, size: int) -> None:
+        """Let the replica send `size` more bytes of a streamed answer."""
+        if self.link is not None:
+            self.link.send(_pack(0, framing.CREDIT, 0, 0, self.slot, size))
+
+
+class _Abandoned(Caller):
+    """Holds a slot whose caller has gone; lets a streamed answer run dry."""
+
+    def on_data(self, source: Source, start: int, end: int) -> None:
+        self.grant(end - start)
+
+
+class ReplicaLink(Link):
+    """A connected link to one replica; see `open_replica_link`."""
+
+    def __init__(self, router: Hub, backend: Line, replica: ReplicaAddress) -> None:
+        super().__init__()
+        self.replica = replica
+        self._router = router
+        self._backend = backend
+        self._page = SlotPage()
+        self._pending: dict[int, Caller] = {}
+        self._uploads: list[tuple[int, memoryview]] = []
+        self._pidfd = -1
+        self._pong_at = router.loop.time()
+        self._silent = False
+        self._retired = False
+
+    # --- sending ---
+
+    def call(self, caller: Caller, want: int) -> None:
+        """Send a request whose slot has been reserved; `want` more wait for this replica."""
+        slot = self._page.take()
+        self._pending[slot] = caller
+        caller.link = self
+        caller.slot = slot
+        head = caller.head
+        body = caller.body
+        meta = caller.meta
+        remaining = 0
+        if caller.deadline != _NEVER:
+            remaining = min(_MAX_MS, max(1, int((caller.deadline - self._router.loop.time()) * 1000)))
+        arg = want << 48 | len(head) << 32 | remaining
+        flags = caller.flags
+        size = len(meta) + len(head) + len(body)
+        if len(body) <= WHOLE_BYTES:
+            self.send(b"%b%b%b%b" % (_pack(size, framing.CALL, flags, len(meta), slot, arg), meta, head, body))
+        else:
+            self._upload(slot, flags, arg, meta, head, memoryview(body))
+
+    def _upload(self, slot: int, flags: int, arg: int, meta: bytes, head: bytes, body: memoryview) -> None:
+        size = len(meta) + len(head) + 8
+        first = _pack(size, framing.CALL, flags | framing.MORE, len(meta), slot, arg)
+        self.send(b"".join((first, meta, head, _TOTAL.pack(len(body)))))
+        self._uploads.append((slot, body))
+        if len(self._uploads) == 1:
+            self._pump()
+
+    def _pump(self) -> None:
+        """One piece of each upload in turn, for as long as the replica keeps up."""
+        while self._uploads and not self.paused and not self.closed:
+            turn, self._uploads = self._uploads, []
+            for slot, body in turn:
+                piece, rest = body[:PIECE_BYTES], body[PIECE_BYTES:]
+                self.send_with(_pack(len(piece), framing.DATA, 0, 0, slot, 0), piece)
+                if rest:
+                    self._uploads.append((slot, rest))
+                else:
+                    self.send(_pack(0, framing.END, 0, 0, slot, 0))
+
+    def on_resume(self) -> None:
+        self._pump()
+
+    def abandon(self, caller: Caller, timed_out: bool) -> None:
+        """Cancel a request that was sent: its answer, if any, is thrown away."""
+        slot = caller.slot
+        if self._pending.get(slot) is not caller:
+            return
+        stand_in = _Abandoned()
+        stand_in.link, stand_in.slot, stand_in.gone = self, slot, True
+        self._pending[slot] = stand_in
+        caller.link = None
+        self._uploads = [upload for upload in self._uploads if upload[0] != slot]
+        self.send(_pack(0, framing.CANCEL, 0, 0, slot, int(timed_out)))
+        if caller.answering:  # what was sent without credit of the caller's is granted here
+            stand_in.grant(WINDOW_BYTES)
+
+    def ping(self, now: float, silent_s: float) -> None:
+        """Ask for a sign of life; one that gave none for `silent_s` gets no new requests."""
+        if self.closed:
+            return
+        if now - self._pong_at > silent_s and not self._silent:
+            self._silent = True
+            self._suspend()
+        self.send(_pack(0, framing.PING, 0, 0, 0, 0))
+
+    # --- receiving ---
+
+    def on_frames(self, frames: list[Frame]) -> None:
+        pending = self._pending
+        for kind, flags, meta_len, slot, arg, source, start, end in frames:
+            if kind == framing.REPLY and not flags & framing.MORE:
+                caller = self._finish(slot)
+                caller.on_reply(arg, flags, meta_len, source, start, end)
+                self._backend.answered()
+            elif kind == framing.REPLY:
+                caller = pending[slot]
+                caller.answering = True
+                caller.on_reply_start(arg, flags, meta_len, source, start, end)
+            elif kind == framing.DATA:
+                pending[slot].on_data(source, start, end)
+            else:
+                self._on_other(kind, flags, meta_len, slot, arg, source, start, end)
+        if self._retired and not pending:
+            self.close()
+
+    def _on_other(
+        self, kind: int, flags: int, meta_len: int, slot: int, arg: int, source: Source, start: int, end: int
+    ) -> None:
+        backend = self._backend
+        if kind == framing.END:
+            self._finish(slot).on_reply_end()
+            backend.answered()
+        elif kind == framing.ERROR:
+            self._finish(slot).on_error(arg, flags, meta_len, source, start, end)
+            backend.answered()
+        elif kind == framing.PONG:
+            self._pong()
+        elif kind == framing.BUSY:
+            backend.replicas.refuse(self.replica.id)
+            self._back(slot)
+        elif kind == framing.ROOM:
+            self._room(arg)
+        elif kind == framing.DRAINING:
+            backend.replicas.release(self.replica.id)
+            if not arg:
+                self._suspend()
+            self._back(slot, arg)
+        elif kind == framing.FREE:
+            self._router.on_free(arg)
+        else:
+            raise ProtocolError(f"frame type {kind} from a replica")
+
+    def _room(self, count: int) -> None:
+        """The replica keeps `count` slots for us: use them now or hand them back."""
+        replicas = self._backend.replicas
+        spare = replicas.room(self.replica.id, count)
+        self._backend.dispatch()
+        self._hand_back(spare + replicas.spare_grants(self.replica.id))
+
+    def _suspend(self) -> None:
+        self._hand_back(self._backend.replicas.suspend(self.replica.id))
+
+    def _hand_back(self, grants: int) -> None:
+        if grants:
+            self.send(_pack(0, framing.ROOM, 0, 0, 0, grants))
+
+    def _finish(self, slot: int) -> Caller:
+        caller = self._forget(slot)
+        self._backend.replicas.release(self.replica.id)
+        if caller.deadline != _NEVER:
+            self._router.timed.discard(caller)
+        return caller
+
+    def _forget(self, slot: int) -> Caller:
+        caller = self._pending.pop(slot)
+        self._page.give_back(slot)
+        caller.link = None
+        return caller
+
+    def _back(self, slot: int, version: int = 0) -> None:
+        """The replica did not take the request."""
+        caller = self._forget(slot)
+        self._uploads = [upload for upload in self._uploads if upload[0] != slot]
+        if not caller.gone:
+            if version:
+                self._router.hold(caller, version)
+            else:
+                self._backend.again(caller)
+        self._backend.dispatch()
+
+    def _pong(self) -> None:
+        self._pong_at = self._router.loop.time()
+        if self._silent:
+            self._silent = False
+            self._backend.replicas.resume(self.replica.id)
+            self._backend.dispatch()
+
+    # --- the end ---
+
+    def retire(self) -> None:
+        """The replica is not listed any more: close once every request has its answer."""
+        self._retired = True
+        if not self._pending:
+            self.close()
+
+    def discard(self) -> None:
+        """The router closes: nobody waits for answers any more."""
+        self._pending.clear()
+        self.abort()
+
+    def on_end(self) -> None:
+        self._backend.lost(self)
+        if not self._pending:
+            self._release()
+            return
+        loop = self._router.loop
+        if self._pidfd >= 0:
+            timer = loop.call_later(_DEATH_S, self._recover, False)
+            loop.add_reader(self._pidfd, self._recover, True, timer)
+        else:
+            self._recover(False)
+
+    def _recover(self, dead: bool, timer: asyncio.TimerHandle | None = None) -> None:
+        """Decide what becomes of the requests that were lost with the link, oldest first in line."""
+        if timer is not None:
+            timer.cancel()
+        if self._pidfd >= 0:
+            self._router.loop.remove_reader(self._pidfd)
+        lost = [(slot, caller) for slot, caller in self._pending.items() if not caller.gone]
+        self._pending = {}
+        for slot, caller in reversed(lost):
+            caller.link = None
+            self._backend.recover(caller, started=not dead or self._page.started(slot))
+        self._release()
+        self._backend.dispatch()
+
+    def _release(self) -> None:
+        self._page.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    # --- opening ---
+
+    async def open(self) -> None:
+        """Dial the replica; raises OSError or ProtocolError."""
+        try:
+            fds = [self._page.fd] if self._page.fd is not None else []
+            if self._router.arena_fd is not None:
+                fds.append(self._router.arena_fd)
+            sock, pid = await dial(self.replica.address, self._router.token, self._router.name, fds)
+        except BaseException:
+            self._page.close()
+            raise
+        self._page.passed()
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError:  # it has died already: the link ends at once
+            self._pidfd = -1
+        await open_link(self, sock)
+
+
+async def open_replica_link(router: Hub, backend: Line, replica: ReplicaAddress) -> ReplicaLink:
+    """A link to a replica, ready for calls. Raises OSError or ProtocolError while it does not listen."""
+    link = ReplicaLink(router, backend, replica)
+    await link.open()
+    return link

@@ -1,0 +1,138 @@
+from math import inf
+from typing import NamedTuple
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from headgate.core.waiting import Waiting
+
+
+class Request(NamedTuple):
+    order: int
+    deadline: float = inf
+
+
+def queued(*orders):
+    waiting = Waiting()
+    for order in orders:
+        assert waiting.push(Request(order))
+    return waiting
+
+
+def drained(waiting):
+    return [waiting.pop().order for _ in range(len(waiting))]
+
+
+def test_the_oldest_request_leaves_first():
+    assert drained(queued(1, 2, 3)) == [1, 2, 3]
+
+
+def test_a_request_beyond_the_limit_is_not_queued():
+    waiting = queued(1, 2)
+
+    assert not waiting.push(Request(3), limit=2)
+    assert waiting.push(Request(4), limit=3)
+    assert drained(waiting) == [1, 2, 4]
+
+
+def test_with_a_limit_of_nought_nothing_waits():
+    assert not Waiting().push(Request(1), limit=0)
+
+
+def test_refused_requests_go_before_newer_ones_in_whatever_order_the_refusals_come():
+    waiting = queued(5, 6)
+    for order in (3, 1, 2):
+        waiting.push_front(Request(order))
+
+    assert drained(waiting) == [1, 2, 3, 5, 6]
+
+
+def test_a_refused_request_is_queued_again_also_when_the_queue_is_full():
+    waiting = queued(2)
+    waiting.push_front(Request(1))
+
+    assert not waiting.push(Request(3), limit=2)
+    assert len(waiting) == 2
+
+
+def test_a_request_can_be_taken_out_wherever_it_waits():
+    waiting = queued(2, 3)
+    waiting.push_front(Request(1))
+
+    assert waiting.remove(Request(1))
+    assert waiting.remove(Request(2))
+    assert not waiting.remove(Request(2))
+    assert drained(waiting) == [3]
+
+
+def test_from_an_empty_queue_nothing_can_be_popped():
+    with pytest.raises(KeyError):
+        Waiting().pop()
+
+
+def test_requests_expire_when_their_deadline_comes_oldest_first():
+    waiting = Waiting()
+    for request in (Request(2, 5.0), Request(3, 9.0), Request(4), Request(5, 5.0)):
+        waiting.push(request)
+    waiting.push_front(Request(1, 5.0))
+
+    assert waiting.expire(now=4.9) == []
+    assert waiting.expire(now=5.0) == [Request(1, 5.0), Request(2, 5.0), Request(5, 5.0)]
+    assert waiting.expire(now=8.9) == []
+    assert waiting.expire(now=9.0) == [Request(3, 9.0)]
+    assert waiting.expire(now=1e9) == []
+    assert drained(waiting) == [4]
+
+
+class AgainstAList(RuleBasedStateMachine):
+    """The same, told by one sorted list; what was popped may come back."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.made = 0.0, 0
+        self.model, self.under_way = [], []
+        self.waiting = Waiting()
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 5.0, inf]), limit=st.sampled_from([None, 0, 3]))
+    def push(self, seconds, limit):
+        self.made += 1
+        request = Request(self.made, self.now + seconds)
+        assert self.waiting.push(request, limit) == (limit is None or len(self.model) < limit)
+        if limit is None or len(self.model) < limit:
+            self.model.append(request)
+
+    @precondition(lambda self: self.model)
+    @rule()
+    def pop(self):
+        request = self.waiting.pop()
+        assert request == self.model.pop(0)
+        self.under_way.append(request)
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data())
+    def push_front(self, data):
+        request = data.draw(st.sampled_from(self.under_way))
+        self.under_way.remove(request)
+        self.waiting.push_front(request)
+        self.model = sorted([*self.model, request])
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove(self, data):
+        request = data.draw(st.sampled_from(self.model))
+        self.model.remove(request)
+        assert self.waiting.remove(request)
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 5.0]))
+    def expire(self, seconds):
+        self.now += seconds
+        assert self.waiting.expire(self.now) == [one for one in self.model if one.deadline <= self.now]
+        self.model = [one for one in self.model if one.deadline > self.now]
+
+    @invariant()
+    def both_hold_as_many(self):
+        assert len(self.waiting) == len(self.model)
+
+
+TestAgainstAList = AgainstAList.TestCase
