@@ -83,6 +83,11 @@ class Router:
 
     def submit(self, endpoint: Endpoint, caller: Caller, shard_key: str | None = None) -> None:
         """Send a request. Its answer, or its failure, comes through the caller's methods."""
+        caller.gone = caller.answering = caller.ran_twice = False
+        caller.tries = 0
+        self._choose(endpoint, caller, shard_key)
+
+    def _choose(self, endpoint: Endpoint, caller: Caller, shard_key: str | None) -> None:
         policy = endpoint.traffic
         weights = policy.weights
         tag = weights[0][0] if len(weights) == 1 else traffic.choose(policy, self.chance(), shard_key)
@@ -103,6 +108,7 @@ class Router:
         """The caller does not want the answer any more: a waiting request is dropped, a sent one cancelled."""
         self.timed.discard(caller)
         caller.gone = True
+        caller.deadline = _NEVER
         if caller.link is not None:
             caller.link.abandon(caller, timed_out)
         elif caller.backend is not None:
@@ -174,7 +180,7 @@ class Router:
         if endpoint is None:
             caller.on_failure(EndpointNotFound(f"endpoint {caller.endpoint.name!r} was deleted"))
         else:
-            self.submit(endpoint, caller, caller.shard_key)
+            self._choose(endpoint, caller, caller.shard_key)
 
     # --- links ---
 

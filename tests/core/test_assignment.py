@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headgate.core.admission import Admission
 from headgate.core.assignment import ReplicaSet, Waiting, assign
@@ -488,6 +488,15 @@ class RoutersShareReplicas(RuleBasedStateMachine):
     def links(self):
         return [link for router in self.routers for link in router.links.values() if link]
 
+    @initialize(counts=st.lists(st.integers(0, 9), min_size=routers_of, max_size=routers_of))
+    def all_slots_are_taken_and_some_wait(self, counts):
+        for router, count in zip(self.routers, counts, strict=True):
+            for _ in range(count):
+                router.request()
+        for link in self.links():
+            for _ in range(len(link.down)):
+                link.replica.receive(link)
+
     @rule(router=any_router, count=st.integers(1, 5))
     def requests_arrive(self, router, count):
         for _ in range(count):
@@ -507,7 +516,11 @@ class RoutersShareReplicas(RuleBasedStateMachine):
             for _ in range(min(count, len(link.up))):
                 link.router.receive(link)
 
-    @rule(replica=any_replica, data=st.data())
+    @rule(replica=any_replica, count=st.integers(1, 4), data=st.data())
+    def calls_end(self, replica, count, data):
+        for _ in range(count):
+            self.a_call_ends(replica, data)
+
     def a_call_ends(self, replica, data):
         if calls := self.replicas[replica].calls:
             self.replicas[replica].end_call(data.draw(st.integers(0, len(calls) - 1)))
@@ -557,16 +570,17 @@ class RoutersShareReplicas(RuleBasedStateMachine):
         while self.dying:
             link = self.dying.pop()
             link.replica.send_rooms(link.replica.slots.forget(link))
-        busy = True
-        while busy:
-            busy = False
-            for link in self.links():
-                while link.down or link.up:
-                    busy = True
-                    if link.down:
-                        link.replica.receive(link)
-                    if link.up:
-                        link.router.receive(link)
+        for _ in range(1000):
+            busy = [link for link in self.links() if link.down or link.up]
+            for link in busy:
+                for _ in range(len(link.down)):
+                    link.replica.receive(link)
+                for _ in range(len(link.up)):
+                    link.router.receive(link)
+            if not busy:
+                break
+        else:
+            raise AssertionError("messages go to and fro for ever")
         for router in self.routers:
             self.nobody_waits_while_a_slot_is_free(router)
 
@@ -606,7 +620,7 @@ class RoutersShareReplicas(RuleBasedStateMachine):
 
 
 TestRoutersShareReplicas = RoutersShareReplicas.TestCase
-TestRoutersShareReplicas.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestRoutersShareReplicas.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 8])

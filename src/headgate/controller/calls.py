@@ -11,21 +11,23 @@ the Python API is api.py.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import UNSET, Struct
 from msgspec.structs import asdict, replace
 
 from headgate import errors, logs
-from headgate.controller.controller import Controller
-from headgate.controller.status import status
+from headgate.controller.status import endpoints, status
 from headgate.core import goals as change
 from headgate.core import reconcile
 from headgate.core.state import BackendGoal, Facts, Goals
 from headgate.errors import HeadgateError, InstanceError, ProtocolError
 from headgate.wire import messages
-from headgate.wire.control import Peer
+
+if TYPE_CHECKING:
+    from headgate.controller.controller import Controller
+    from headgate.controller.publisher import PeerLike
 
 log = logs.get("calls")
 
@@ -67,7 +69,7 @@ class Calls:
 
     # --- answering ---
 
-    def answer(self, peer: Peer, request: messages.Request) -> None:
+    def answer(self, peer: PeerLike, request: messages.Request) -> None:
         """Run a call and send its answer to `peer`."""
         task = self._running.get(request.call)
         if task is None:
@@ -237,7 +239,7 @@ class Calls:
 
     async def _try_config(self, goal: BackendGoal) -> None:
         try:
-            await self._controller.deploy(goal, change.put_backend)
+            await self._controller.deploy(goal, _put)
         except errors.BackendStartError:
             try:
                 async with asyncio.timeout(REVERT_S):
@@ -293,22 +295,18 @@ class Calls:
         await self._in_force(lambda goals: change.set_shadow(goals, name, tag, share, call=call))
 
     async def do_list_endpoints(self, call: str, params: Any) -> Any:
-        return {
-            goal.endpoint.name: {
-                "route": goal.endpoint.route,
-                "methods": list(goal.endpoint.methods),
-                "traffic": dict(goal.endpoint.traffic.weights),
-                "shadows": dict(goal.endpoint.traffic.shadows),
-            }
-            for goal in self._controller.goals.endpoints
-        }
+        return {one.pop("name"): one for one in endpoints(self._controller.goals)}
 
 
 #: Calls that a controller answers whatever has become of it.
 _ALWAYS = frozenset({"start_info", "status", "shutdown"})
 
 
-def _respond(peer: Peer, request: messages.Request, task: asyncio.Task[Any]) -> None:
+def _put(goals: Goals, goal: BackendGoal) -> Goals:
+    return replace(goals, backends=tuple(goal if old.tag == goal.tag else old for old in goals.backends))
+
+
+def _respond(peer: PeerLike, request: messages.Request, task: asyncio.Task[Any]) -> None:
     if task.cancelled():
         return
     error = task.exception()

@@ -6,30 +6,38 @@ plans; with nothing to do it costs microseconds. Nothing polls and nothing sleep
 something is looked at after each tick.
 
 The goals change in one place, `commit`: stored first, then in force. After a restart the same
-steps run from what was stored and what is seen; there is no recovery. What users call is calls.py.
+steps run from what was stored and what is seen; there is no recovery. What users call is calls.py,
+who is connected peers.py, how an action is performed actions.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from headgate import logs
+from headgate import eventloop, logs
+from headgate.controller.actions import Actions
+from headgate.controller.calls import Calls
 from headgate.controller.deployments import Deployments
 from headgate.controller.fleet import Fleet, Setback
+from headgate.controller.peers import Peers
 from headgate.controller.proxies import Proxies
 from headgate.controller.publisher import PeerLike, Publisher
 from headgate.controller.store import Store, StoreError
 from headgate.core import goals as change
 from headgate.core import lifecycle, reconcile
-from headgate.core.reconcile import Drain, Reconfigure, Seen, Start, Stop
+from headgate.core.reconcile import Seen, Start, Stop
 from headgate.core.state import BackendGoal, Goals
 from headgate.engine.interface import Engine, Event, Exited
 from headgate.errors import HeadgateError, ProtocolError
 from headgate.wire import messages
+
+if TYPE_CHECKING:
+    from headgate.engine.boot import ChildBoot
 
 log = logs.get("controller")
 
@@ -59,6 +67,7 @@ class Controller:
         self.publisher = Publisher(incarnation << 32, on_silent=self._proxy_silent, on_change=self.poke)
         self.lost: StoreError | None = None
         self.leaving = False
+        self._actions = Actions(engine, store, self.fleet)
         self.adopting = True
         self._unsaid: set[str] = set()  # found running, and has not said how it is
         self._routers_unknown = incarnation > 1
@@ -219,88 +228,32 @@ class Controller:
         if known:
             self._timer = self.loop.call_at(min(known), self.tick)
 
-    # --- actions ---
-
     def _act(self, now: float) -> None:
         candidates = self.deployments.candidates()
         wanted = {(goal.tag, goal.version): goal for goal in (*self.goals.backends, *candidates)}
         for action in reconcile.plan(
             self.goals, self.observed(), self.fleet.failures, now, candidates=candidates
         ):
-            self._perform(action, wanted, now)
-        for goal in wanted.values():
-            self._tell_limits(goal)
-
-    def _perform(
-        self, action: reconcile.Action, wanted: dict[reconcile.Version, BackendGoal], now: float
-    ) -> None:
-        match action:
-            case Start(tag, version):
-                goal = wanted[tag, version]
+            if isinstance(action, Start):
+                goal = wanted[action.backend, action.version]
                 self.spawn(self._start_replica(self.fleet.ask(goal, now), goal))
-            case Reconfigure(id, config_version):
-                one = self.fleet.seen[id]
-                self._configure(id, wanted[one.backend, one.version], config_version)
-                self.fleet.configuring(id, config_version)
-            case Drain(id):
-                self.engine.tell(id, messages.Drain(self._patience(id)))
-                self.fleet.drained(id, now)
-                log.info("replica %s drains", id)
-            case Stop(id, reason):
-                self.engine.kill(id)
-                self.fleet.stopped(id, now)
-                log.info("replica %s is stopped: %s", id, reason)
-
-    def _configure(self, id: str, goal: BackendGoal, config_version: int) -> None:
-        same = config_version == goal.config_version
-        path = self.store.path(goal.user_config) if same and goal.user_config else None
-        self.engine.tell(id, messages.Configure(goal.settings, config_version, path))
-        self.fleet.told(id, goal.settings)
-
-    def _tell_limits(self, goal: BackendGoal) -> None:
-        """Give new limits to the replicas that run already."""
-        for one in self.fleet.of(goal.tag):
-            if one.version == goal.version and one.phase == lifecycle.READY and not one.reconfiguring:
-                if self.fleet.told(one.id, goal.settings):
-                    self._configure(one.id, goal, one.config_version)
-
-    def _patience(self, id: str) -> float:
-        one = self.fleet.seen[id]
-        for goal in self.goals.backends:
-            if goal.tag == one.backend:
-                return goal.settings.graceful_shutdown_timeout_s
-        return one.graceful_shutdown_timeout_s
+            else:
+                self._actions.perform(action, wanted, now)
+        for goal in wanted.values():
+            self._actions.tell_limits(goal)
 
     async def _start_replica(self, name: str, goal: BackendGoal) -> None:
         self._births += 1
         try:
-            id = await self.engine.start_replica(self._spec(goal))
+            await self._actions.start(name, goal)
         except HeadgateError as error:
             self._set_back(self.fleet.ended(name, str(error), self.loop.time()))
-        else:
-            pids = {process.id: process.pid for process in self.engine.observe()}
-            if self.fleet.born(name, id, pids.get(id, 0)):
-                log.info("replica %s starts, version %d", id, goal.version)
-            else:
-                self.engine.kill(id)
         finally:
             self._births -= 1
             early, self._early = self._early, []
             for event in early:
                 self.on_event(event)
             self.poke()
-
-    def _spec(self, goal: BackendGoal) -> messages.ReplicaSpec:
-        return messages.ReplicaSpec(
-            goal.tag,
-            goal.version,
-            self.store.path(goal.code),
-            goal.settings,
-            self.store.path(goal.user_config) if goal.user_config else None,
-            goal.config_version,
-            goal.env,
-            goal.num_gpus,
-        )
 
     async def _start_proxy(self) -> None:
         await self.proxies.start()
@@ -358,6 +311,12 @@ class Controller:
             self.fleet.broken(setback.id, setback.error, self.loop.time())
             self.engine.kill(setback.id)
 
+    def stop_now(self, tag: str) -> None:
+        """End the replicas of a backend without letting them finish."""
+        for one in self.fleet.of(tag):
+            self._actions.perform(Stop(one.id, "by force"), {}, self.loop.time())
+        self.poke()
+
     def kill(self, id: str, reason: str) -> None:
         """End a process that does not do its part."""
         log.warning("%s is killed: %s", id, reason)
@@ -383,3 +342,44 @@ def _text(setback: Setback) -> str:
 def _log_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.error("a task of the controller failed", exc_info=task.exception())
+
+
+# --- the process ---
+
+
+def main(child: ChildBoot) -> int:
+    """Run the controller until the instance is shut down: 0, which ends it."""
+    logs.configure()
+    eventloop.run(_serve(child))
+    return 0
+
+
+async def _serve(child: ChildBoot) -> None:
+    from headgate.engine.local import LocalEngine
+    from headgate.wire.control import Hub
+
+    assert child.ask is not None
+    assert child.control_listener is not None
+    boot = child.boot
+    hub = Hub(child.control_listener, boot.token, lambda peer, message: None, lambda peer: None)
+    engine = LocalEngine(child.ask, hub)
+    wanted = 1 if boot.http_fd >= 0 else 0
+    controller = Controller(engine, Store(boot.directory), incarnation=child.incarnation, proxies=wanted)
+    calls = Calls(controller, _address(boot.directory))
+    peers = Peers(controller, calls)
+    hub.on_message, hub.on_gone = peers.on_message, peers.on_gone
+    await controller.open()
+    hub.open()
+    peers.beat()
+    await calls.over
+    hub.close()
+    await asyncio.sleep(0)  # the last answers are written
+
+
+def _address(directory: str) -> str | None:
+    """Where clients find the HTTP server, as whoever bound it has written down."""
+    try:
+        with open(os.path.join(directory, "address"), encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None

@@ -197,6 +197,10 @@ class Fleet:
         """The replicas of a backend, whatever their version and phase."""
         return [one for one in self.seen.values() if one.backend == tag]
 
+    def version(self, id: str) -> int:
+        """The version of the code that a replica runs, wanted or not."""
+        return self._notes[id].version
+
     def versions(self, tag: str) -> list[int]:
         """The versions of its code that run."""
         return [notes.version for id, notes in self._notes.items() if self.seen[id].backend == tag]

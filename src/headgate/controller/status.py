@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from headgate.controller.controller import Controller
 from headgate.core import reconcile
+from headgate.core.state import Goals
+
+if TYPE_CHECKING:
+    from headgate.controller.controller import Controller
 
 
 def status(controller: Controller, ready: bool, http: str | None) -> dict[str, Any]:
@@ -16,7 +19,7 @@ def status(controller: Controller, ready: bool, http: str | None) -> dict[str, A
         "ready": ready,
         "snapshot": controller.publisher.snapshot.version,
         "controller": {"pid": os.getpid(), "incarnation": controller.incarnation},
-        "endpoints": _endpoints(controller),
+        "endpoints": endpoints(controller.goals),
         "backends": _backends(controller),
         "replicas": _replicas(controller),
         "proxies": [
@@ -27,30 +30,33 @@ def status(controller: Controller, ready: bool, http: str | None) -> dict[str, A
     }
 
 
-def _endpoints(controller: Controller) -> dict[str, Any]:
-    return {
-        goal.endpoint.name: {
+def endpoints(goals: Goals) -> list[dict[str, Any]]:
+    """Each endpoint, in the order in which they were created."""
+    return [
+        {
+            "name": goal.endpoint.name,
             "route": goal.endpoint.route,
             "methods": list(goal.endpoint.methods),
             "traffic": dict(goal.endpoint.traffic.weights),
             "shadows": dict(goal.endpoint.traffic.shadows),
         }
-        for goal in controller.goals.endpoints
-    }
+        for goal in goals.endpoints
+    ]
 
 
-def _backends(controller: Controller) -> dict[str, Any]:
-    fleet = controller.fleet
-    return {
-        goal.tag: {
+def _backends(controller: Controller) -> list[dict[str, Any]]:
+    seen = list(controller.fleet.seen.values())
+    failures = controller.fleet.failures
+    return [
+        {
+            "tag": goal.tag,
             "version": goal.version,
-            "wanted": goal.settings.num_replicas,
-            "ready": len(reconcile.serving(goal, fleet.seen.values())),
-            "restarts": fleet.restarts.get(goal.tag, 0),
-            "last_error": fleet.last_errors.get(goal.tag, ""),
+            "num_replicas": goal.settings.num_replicas,
+            "ready": len(reconcile.serving(goal, seen)),
+            "trouble": found.error if (found := failures.get((goal.tag, goal.version))) else "",
         }
         for goal in controller.goals.backends
-    }
+    ]
 
 
 def _replicas(controller: Controller) -> list[dict[str, Any]]:

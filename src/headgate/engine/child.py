@@ -24,12 +24,16 @@ class Role(NamedTuple):
 
     target    "module:function"; called with the ChildBoot, what it returns is the exit status
     title     the process's name in ps
-    preload   modules that the supervisor imports before the first fork of this kind
+    preload   modules that the supervisor imports before the first fork of this kind; in steps of a
+              few milliseconds, because between two of them it answers what it is asked
+    later     modules that the first one imports by itself, while the supervisor has other things to
+              do, and that it finds imported when it is forked again
     """
 
     target: str
     title: str
     preload: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
 
 
 def run(

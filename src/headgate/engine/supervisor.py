@@ -47,13 +47,28 @@ ROLES: Mapping[str, Role] = {
     "controller": Role(
         "headgate.processes:controller_main",
         "headgate-ctl",
-        ("headgate.eventloop", "headgate.controller.controller"),
+        # What all share. Its own modules the first controller imports while the proxy's are preloaded.
+        preload=("headgate.eventloop", "headgate.wire.control"),
+        later=("headgate.engine.local", "headgate.controller.controller"),
     ),
-    "proxy": Role("headgate.processes:proxy_main", "headgate-proxy", ("headgate.proxy.server",)),
+    "proxy": Role(
+        "headgate.processes:proxy_main",
+        "headgate-proxy",
+        preload=("httptools", "headgate.router", "headgate.proxy.server"),
+    ),
     "replica": Role(
         "headgate.processes:replica_main",
         "headgate-rep",
-        ("cloudpickle", "headgate.replica.process", "starlette.requests", "starlette.responses"),
+        preload=(
+            "json",
+            "http.client",
+            "anyio.abc",
+            "tempfile",
+            "starlette.requests",
+            "starlette.responses",
+            "cloudpickle",
+            "headgate.replica.process",
+        ),
     ),
 }
 
@@ -333,7 +348,8 @@ class Supervisor:
 
 def _in_order(roles: Mapping[str, Role], *, with_proxy: bool) -> deque[tuple[str, str]]:
     wanted = [role for role in roles if with_proxy or role != "proxy"]
-    return deque((role, module) for role in wanted for module in roles[role].preload)
+    first = [(role, module) for role in wanted for module in roles[role].preload]
+    return deque(first + [("", module) for role in wanted for module in roles[role].later])
 
 
 def _noted(number: int, frame: object) -> None:

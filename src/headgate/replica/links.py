@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from headgate.core import framing
 from headgate.errors import ProtocolError
 from headgate.replica.job import Job
-from headgate.wire.link import Frame, Link
+from headgate.wire.link import Frame, Link, Source
 
 if TYPE_CHECKING:
     from headgate.replica.worker import Worker
@@ -62,7 +62,7 @@ class CallerLink(Link):
                 raise ProtocolError(f"frame type {kind} from a router")
         self.worker.read_done()
 
-    def _call(self, flags: int, meta_len: int, slot: int, arg: int, source: bytes, start: int, end: int) -> None:
+    def _call(self, flags: int, meta_len: int, slot: int, arg: int, source: Source, start: int, end: int) -> None:
         worker = self.worker
         needed = worker.refuses(self)
         if needed is not None:
@@ -82,7 +82,7 @@ class CallerLink(Link):
         else:
             worker.take(job)
 
-    def _piece(self, slot: int, source: bytes, start: int, end: int) -> None:
+    def _piece(self, slot: int, source: Source, start: int, end: int) -> None:
         job = self.jobs.get(slot)
         if job is None or job.upload is None:  # refused or cancelled while pieces were under way
             return

@@ -211,6 +211,7 @@ class ControlClient:
         self._link: _Connection | None = None
         self._calls: dict[int, tuple[messages.Request, asyncio.Future[msgspec.Raw]]] = {}
         self._count = 0
+        self._connected_at = 0.0
         self._name = os.urandom(8).hex()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -237,6 +238,7 @@ class ControlClient:
                 await asyncio.sleep(RECONNECT_S)
                 continue
             self._link = link
+            self._connected_at = asyncio.get_running_loop().time()
             self.tell(self._hello(self.snapshot.version))
             for request, _ in self._calls.values():
                 self.tell(request)
@@ -308,7 +310,13 @@ class ControlClient:
         if link is self._link and not self.gone:
             self._link = None
             assert self._loop is not None
-            self._task = self._loop.create_task(self._connect())
+            self._task = self._loop.create_task(self._reconnect())
+
+    async def _reconnect(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._connected_at < 1.0:  # it did not last: do not spin
+            await asyncio.sleep(RECONNECT_S)
+        await self._connect()
 
     def _end(self) -> None:
         if self.gone:

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from headgate.core import framing
 from headgate.errors import ProtocolError
@@ -116,8 +116,7 @@ class Link(asyncio.BufferedProtocol):
     # --- asyncio's side ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         self._call_soon = asyncio.get_running_loop().call_soon
         fd = transport.get_extra_info("socket").fileno()

@@ -270,6 +270,7 @@ class ReplicaLink(Link):
         self._backend.replicas.release(self.replica.id)
         if caller.deadline != _NEVER:
             self._router.timed.discard(caller)
+            caller.deadline = _NEVER
         return caller
 
     def _forget(self, slot: int) -> Caller:
