@@ -177,7 +177,12 @@ def test_what_is_not_the_engine_s_goes_on_to_the_controller(instance: tiny.Insta
 
 @pytest.mark.parametrize(
     ("status", "cause"),
-    [(9, "killed by SIGKILL"), (0, "exited with status 0"), (3 << 8, "exited with status 3"), (40, "killed by signal 40")],
+    [
+        (9, "killed by SIGKILL"),
+        (40, "killed by signal 40"),
+        (0, "exited with status 0"),
+        (3 << 8, "exited with status 3"),
+    ],
 )
 def test_a_cause_is_in_words(status: int, cause: str) -> None:
     assert cause_of(status) == cause

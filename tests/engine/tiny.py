@@ -86,12 +86,16 @@ def holds_the_gil(child: boot.ChildBoot) -> None:
 
 
 def has_children(child: boot.ChildBoot) -> None:
-    """One grandchild in its own group and one that left it; both clear what ties them to their parent."""
+    """One grandchild in its own group and one that has left it."""
+    reader, writer = os.pipe()
     for leaves in (False, True):
         if os.fork() == 0:
             if leaves:
                 os.setsid()
+            os.write(writer, b".")
             sleeper(child)
+    for _ in range(2):
+        os.read(reader, 1)
     Path(child.boot.directory, "grandchildren").touch()
     sleeper(child)
 

@@ -5,6 +5,9 @@ supervisor ends; but user code may clear it, and what the child forks does not i
 whose write end only the supervisor holds, with O_ASYNC and SIGKILL as its signal: when the pipe
 breaks the kernel kills the child's whole process group. Neither needs a thread of the child,
 which could be waiting for the interpreter's lock under a long C call.
+
+What user code starts in a session of its own is in neither. The supervisor, which adopts it when
+its parent ends, kills it at its own orderly end; a supervisor that is killed itself cannot.
 """
 
 from __future__ import annotations

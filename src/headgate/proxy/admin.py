@@ -69,7 +69,7 @@ def unrouted(
         text = f"{_shown(path)} does not take {method[:30]}, only {allowed}"
         return error(405, text, b"allow: %b\r\n" % allowed.encode())
     close = near(templates, path)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
     return error(404, f"no endpoint is routed at {_shown(path)}{hint} The routes are listed at /-/routes")
 
 

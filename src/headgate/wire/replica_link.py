@@ -157,6 +157,7 @@ class ReplicaLink(Link):
             self.send(b"%b%b%b%b" % (_pack(size, framing.CALL, flags, len(meta), slot, arg), meta, head, body))
         else:
             self._upload(slot, flags, arg, meta, head, memoryview(body))
+        caller.on_assigned()
 
     def _upload(self, slot: int, flags: int, arg: int, meta: bytes, head: bytes, body: memoryview) -> None:
         size = len(meta) + len(head) + 8
@@ -329,6 +330,8 @@ class ReplicaLink(Link):
         if self._pidfd >= 0:
             self._router.loop.remove_reader(self._pidfd)
         lost = [(slot, caller) for slot, caller in self._pending.items() if not caller.gone]
+        for _ in self._pending:
+            self._backend.replicas.release(self.replica.id)
         self._pending = {}
         for slot, caller in reversed(lost):
             caller.link = None

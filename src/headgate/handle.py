@@ -1,0 +1,290 @@
+"""Handles: an endpoint, called from Python.
+
+A sync handle may be used on any thread; its requests go through the headgate thread. An async
+handle sends from the loop that it is used on. Both are immutable: `options` returns a new one.
+
+A handle pickles. Where it is unpickled it finds its instance again when it is first used: in a
+replica by the replica's own membership, elsewhere by joining.
+
+What travels is calls.py; what `remote` returns is refs.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from headgate import instance as instances
+from headgate.calls import ENDED, Call, Lane, Options, Target, lane_of, no_endpoint
+from headgate.engine.directory import read_token
+from headgate.errors import ArgumentError, ConfigError, InstanceError
+from headgate.refs import ObjectRef, block_until, has_refs, submit_with_refs, until_done, wake
+
+if TYPE_CHECKING:
+    from headgate.instance import Instance
+
+log = logging.getLogger("headgate.handle")
+
+_KEEP: Any = object()
+_H = TypeVar("_H", bound="_Handle")
+
+
+class _Reach:
+    """The instance that a handle calls; after unpickling or a fork it is joined at the first use."""
+
+    __slots__ = ("_instance", "_lock", "directory")
+
+    def __init__(self, directory: str, instance: Instance | None = None) -> None:
+        self.directory = directory
+        self._instance = instance
+        self._lock = threading.Lock()
+
+    def instance(self) -> Instance:
+        """The instance. InstanceError if it was shut down or does not run."""
+        instance = self._instance
+        if instance is None or instance.pid != os.getpid():
+            with self._lock:
+                instance = self._instance = self._join()
+        if not instance.usable:
+            raise InstanceError(ENDED)
+        return instance
+
+    def _join(self) -> Instance:
+        own = instances.own()
+        if own is not None and own.directory == self.directory:
+            instance = own
+        else:
+            known = instances.joined(self.directory)
+            instance = known or instances.join(self.directory, read_token(self.directory))
+        instance.follow()
+        return instance
+
+
+class _Handle:
+    """What both kinds of handles share."""
+
+    __slots__ = ("_reach", "_target")
+
+    def __init__(self, reach: _Reach, target: Target) -> None:
+        self._reach = reach
+        self._target = target
+
+    @property
+    def endpoint_name(self) -> str:
+        """The endpoint that this handle calls."""
+        return self._target.endpoint
+
+    def options(
+        self: _H,
+        *,
+        method_name: str | None = _KEEP,
+        shard_key: str | None = _KEEP,
+        http_method: str | None = _KEEP,
+        http_headers: dict[str, str] | None = _KEEP,
+        timeout_s: float | None = _KEEP,
+    ) -> _H:
+        """A handle that calls with these options; what is not named stays as it is here.
+
+        method_name    the method of the backend's class, instead of `__call__`
+        shard_key      requests of one key go to the same backend of the endpoint's traffic
+        http_method    the request's `method`, "GET" if nothing is said
+        http_headers   the request's `headers`
+        timeout_s      then the call raises RequestTimeout; one that still waits is never started
+        """
+        given = {
+            "method_name": method_name, "shard_key": shard_key, "http_method": http_method,
+            "http_headers": http_headers, "timeout_s": timeout_s,
+        }  # fmt: skip
+        changes = {name: _check(name, value) for name, value in given.items() if value is not _KEEP}
+        options = msgspec.structs.replace(self._target.options, **changes)
+        return type(self)(self._reach, Target(self._target.endpoint, self._target.missing_ok, options))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(endpoint={self._target.endpoint!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        target = self._target
+        known = (target.endpoint, target.missing_ok, msgspec.structs.asdict(target.options))
+        return _unpickled, (type(self), *known, self._reach.directory)
+
+
+class ServeHandle(_Handle):
+    """Calls an endpoint and blocks; on any thread, many at a time."""
+
+    __slots__ = ()
+
+    def remote(self, data: Any = None, /, **kwargs: Any) -> ObjectRef:
+        """Send a request; returns once a replica is assigned, the ObjectRef of its answer.
+
+        The handler finds `data` as `request.data`, the keyword arguments as `request.query_params`.
+        A ref among the arguments is replaced by its value first; `remote` then returns at once.
+
+        Raises what keeps the request from being assigned: EndpointNotFound, BackendOverloaded,
+        RequestTimeout, SerializationError, InstanceError.
+        """
+        call, sent = self._start(data, kwargs, True)
+        if not sent:
+            lock = threading.Lock()
+            lock.acquire()
+            call.on_assignment = lock.release
+            call.lane.put(call)
+            _acquire(lock, call)
+            if not call.assigned:
+                call.take()
+        return ObjectRef(call)
+
+    def call(self, data: Any = None, /, **kwargs: Any) -> Any:
+        """Send a request and return its answer; raises what the handler raised. Arguments as `remote`'s."""
+        call, sent = self._start(data, kwargs, False)
+        if sent:
+            try:
+                block_until(call)
+            except KeyboardInterrupt:
+                call.lane.cancel(call)
+                raise
+        else:
+            lock = threading.Lock()
+            lock.acquire()
+            call.on_done(lock.release)
+            call.lane.put(call)
+            _acquire(lock, call)
+        return call.take()
+
+    def _start(self, data: Any, kwargs: dict[str, Any], early: bool) -> tuple[Call, bool]:
+        """A call to be submitted; True: it is on its way already, since it waits for refs."""
+        instance = self._reach.instance()
+        call = Call(lane_of(instance, instance.thread.loop), self._target)
+        if has_refs(data, kwargs):
+            submit_with_refs(call, data, kwargs)
+            return call, True
+        call.fill(_portable(data), kwargs)
+        return call, False
+
+
+class AsyncServeHandle(_Handle):
+    """Calls an endpoint from an event loop, any that runs: `await handle.remote(...)`."""
+
+    __slots__ = ()
+
+    async def remote(self, data: Any = None, /, **kwargs: Any) -> ObjectRef:
+        """As ServeHandle.remote; await the ObjectRef for the answer."""
+        call = await self._start(data, kwargs)
+        if not (call.assigned or call.done):
+            future = call.lane.loop.create_future()
+            call.on_assignment = partial(wake, future)
+            await _or_cancel(call, future)
+        if not call.assigned:
+            call.take()
+        return ObjectRef(call)
+
+    async def call(self, data: Any = None, /, **kwargs: Any) -> Any:
+        """Send a request and return its answer; as ServeHandle.call. Cancelling it cancels the request."""
+        call = await self._start(data, kwargs)
+        if not call.done:
+            await _or_cancel(call, until_done(call))
+        return call.take()
+
+    async def _start(self, data: Any, kwargs: dict[str, Any]) -> Call:
+        call = Call(self._lane(), self._target)
+        if has_refs(data, kwargs):
+            submit_with_refs(call, data, kwargs)
+            return call
+        if _is_request(data):
+            await data.body()
+        call.fill(_portable(data), kwargs)
+        call.lane.submit(call)
+        return call
+
+    def _lane(self) -> Lane:
+        return lane_of(self._reach.instance(), asyncio.get_running_loop())
+
+
+def make_handle(
+    instance: Instance, endpoint: str, missing_ok: bool = False, sync: bool = True
+) -> ServeHandle | AsyncServeHandle:
+    """A handle of `endpoint`. EndpointNotFound, a KeyError, if it is not there and that is not ok."""
+    if not isinstance(endpoint, str):
+        raise ArgumentError(f"endpoint_name must be a str, got {type(endpoint).__name__}")
+    instance.follow()
+    if not missing_ok and instance.endpoint(endpoint) is None:
+        raise no_endpoint(instance, endpoint)
+    _warn_of_context(endpoint, sync)
+    kind = ServeHandle if sync else AsyncServeHandle
+    return kind(_Reach(instance.directory, instance), Target(endpoint, missing_ok, Options()))
+
+
+def _unpickled(kind: type[_H], endpoint: str, missing_ok: bool, options: dict[str, Any], directory: str) -> _H:
+    return kind(_Reach(directory), Target(endpoint, missing_ok, Options(**options)))
+
+
+def _warn_of_context(endpoint: str, sync: bool) -> None:
+    in_loop = asyncio._get_running_loop() is not None
+    if sync and in_loop:
+        log.warning(
+            "the handle of endpoint %r is a sync one, made where an event loop runs: its calls block that "
+            "loop; get_handle(..., sync=False) gives one to await",
+            endpoint,
+        )
+    elif not sync and not in_loop:
+        log.warning(
+            "the handle of endpoint %r is an async one, made where no event loop runs: its calls must be "
+            "awaited; get_handle(..., sync=True) gives one for plain code",
+            endpoint,
+        )
+
+
+def _check(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name == "timeout_s":
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ArgumentError(f"timeout_s must be a number of seconds, got {type(value).__name__}")
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"timeout_s must be a number of seconds > 0, got {value}")
+        return float(value)
+    if name == "http_headers":
+        fits = isinstance(value, dict) and all(isinstance(each, str) for pair in value.items() for each in pair)
+        if not fits:
+            raise ArgumentError(f"http_headers must be a dict of str to str, got {value!r}")
+        return dict(value)
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} must be a str, got {type(value).__name__}")
+    return value
+
+
+def _acquire(lock: threading.Lock, call: Call) -> None:
+    """Wait for the lock; a Ctrl-C meanwhile gives the call up."""
+    try:
+        lock.acquire()
+    except KeyboardInterrupt:
+        call.lane.cancel(call)
+        raise
+
+
+async def _or_cancel(call: Call, future: asyncio.Future[None]) -> None:
+    try:
+        await future
+    except asyncio.CancelledError:
+        call.lane.cancel(call)
+        raise
+
+
+def _is_request(data: object) -> bool:
+    """Whether it is a Starlette Request; Starlette is not imported to find out that it is not."""
+    requests = sys.modules.get("starlette.requests")
+    return requests is not None and isinstance(data, requests.Request)
+
+
+def _portable(data: Any) -> Any:
+    if not _is_request(data):
+        return data
+    from headgate.replica.request import portable
+
+    return portable(data)

@@ -1,0 +1,237 @@
+"""The answering half of an HTTP connection: what the router calls back becomes bytes for the client.
+
+The proxy alone frames answers (core/replies.py). A whole answer is one write. One in parts goes out
+with a length where it is known, else in chunks, and its source may send more only as the client
+takes it: while the transport is full no credit is granted, so a slow reader holds up itself alone.
+An answer that breaks off ends the connection without its last chunk.
+
+The reading half is connection.py, which says what comes after an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import TYPE_CHECKING, Any
+
+from headgate.core import framing
+from headgate.core.replies import (
+    CHUNKED,
+    CONTENT_TYPES,
+    LAST_CHUNK,
+    OWN_HEADERS,
+    has_body,
+    reply_head,
+    reply_head_with,
+)
+from headgate.errors import ConfigError, HeadgateError
+from headgate.proxy import admin
+from headgate.wire.link import WINDOW_BYTES
+from headgate.wire.replica_link import Caller
+
+if TYPE_CHECKING:
+    from headgate.proxy.server import Server
+
+_TOTAL = struct.Struct("<Q")
+_GRANT_BYTES = WINDOW_BYTES // 4
+#: Beyond this a body is not joined to its head or chunk size, but written beside it.
+_JOIN_BYTES = 32 * 1024
+
+
+class Answering(Caller):
+    """One connection's answers, one request at a time."""
+
+    server: Server
+    transport: asyncio.Transport
+    closed = False  # nothing can be written any more
+    paused = False  # the client does not take what was written
+    # the request that is being answered
+    request_id = b""
+    method = "GET"
+    http10 = False
+    last = False  # the connection ends after this answer
+    # its answer, if in parts
+    started = False
+    _chunked = False
+    _bodied = True  # the client expects a body
+    _left = -1  # bytes that are missing; -1: nobody knows
+    _owed = 0  # bytes that were taken and not yet granted again
+
+    def answered(self) -> None:
+        """The answer is complete: on to the next request."""
+        raise NotImplementedError
+
+    def break_off(self) -> None:
+        """The answer ends here, and the client must see that it is not complete."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Nobody needs the rest of the answer."""
+        raise NotImplementedError
+
+    def allow(self, count: int) -> None:
+        """The source of the answer may send so many more bytes."""
+        self.grant(count)
+
+    # --- what the router calls ---
+
+    def on_reply(self, arg: int, flags: int, meta_len: int, source: bytes, start: int, end: int) -> None:
+        if flags or arg & 0xFFFF != 200 or self.method == "HEAD" or end - start > _JOIN_BYTES:
+            at = start + meta_len
+            block = source[start:at] if flags & framing.HEAD else None
+            self.whole(arg & 0xFFFF, arg >> 16, block, memoryview(source)[at:end])
+            return
+        if not self.closed:
+            head = reply_head(
+                200, arg >> 16, end - start, self.request_id, self.server.date, self.last, self.http10
+            )
+            self.transport.write(head + source[start:end])
+            self.answered()
+
+    def on_reply_start(
+        self, arg: int, flags: int, meta_len: int, source: bytes, start: int, end: int
+    ) -> None:
+        at = start + meta_len
+        total = None
+        if not flags & framing.STREAM:
+            (total,) = _TOTAL.unpack_from(source, at)
+            at += _TOTAL.size
+        block = source[start : start + meta_len] if flags & framing.HEAD else _content_type(arg >> 16)
+        if not self.start(arg & 0xFFFF, bytes(block), total):
+            return
+        if at < end:
+            self.on_data(source, at, end)
+
+    def on_data(self, source: bytes, start: int, end: int) -> None:
+        self.part(memoryview(source)[start:end])
+        self._owed += end - start
+        if self._owed >= _GRANT_BYTES and not self.paused:
+            self._grant_owed()
+
+    def on_reply_end(self) -> None:
+        self.finish()
+
+    def on_error(self, status: int, flags: int, meta_len: int, source: bytes, start: int, end: int) -> None:
+        at = start + meta_len
+        block = bytes(source[start:at]) if flags & framing.HEAD else b""
+        text = bytes(source[at:end]).decode("utf-8", "replace")
+        self.local(admin.error(status, text, block))
+
+    def on_failure(self, error: HeadgateError) -> None:
+        self.local(admin.failure(error))
+
+    # --- whole answers ---
+
+    def whole(self, status: int, kind: int, block: bytes | None, body: bytes | memoryview) -> None:
+        """Answer with a complete body. `block` is header lines; None: the content type `kind`."""
+        if self.closed:
+            return
+        try:
+            if block is None and kind < OWN_HEADERS:
+                head = reply_head(
+                    status, kind, len(body), self.request_id, self.server.date, self.last, self.http10
+                )
+            else:
+                lines = bytes(block or b"")
+                head = reply_head_with(
+                    status, lines, len(body), self.request_id, self.server.date, self.last, self.http10
+                )
+        except ConfigError as error:
+            self.local(admin.error(500, str(error)))
+            return
+        if not body or not has_body(status, self.method):
+            self.transport.write(head)
+        elif len(body) > _JOIN_BYTES:
+            self.transport.writelines((head, body))
+        else:
+            self.transport.write(head + bytes(body))
+        self.answered()
+
+    def local(self, answer: admin.Local) -> None:
+        """Answer with a page or an error of the proxy's own; in the middle of an answer, break it off."""
+        if self.started:
+            self.break_off()
+        else:
+            if answer.status >= 400 and admin.wants_json(self.head):
+                answer = admin.as_problem(answer)
+            self.whole(answer.status, OWN_HEADERS, answer.block, answer.body)
+
+    # --- answers in parts ---
+
+    def start(self, status: int, block: bytes, length: int | None) -> bool:
+        """Begin an answer of `length` bytes, or of nobody knows how many. False: no part is wanted."""
+        if self.closed:
+            return False
+        if length is None and self.http10:
+            self.last = True
+        size = CHUNKED if length is None else length
+        try:
+            head = reply_head_with(
+                status, block, size, self.request_id, self.server.date, self.last, self.http10
+            )
+        except ConfigError as error:
+            self.abandon()
+            self.local(admin.error(500, str(error)))
+            return False
+        self.transport.write(head)
+        if not has_body(status, self.method):
+            self.abandon()
+            self.answered()
+            return False
+        self.started = True
+        self._chunked = length is None and not self.http10
+        self._left = -1 if length is None else length
+        self._owed = 0
+        return True
+
+    def part(self, data: bytes | memoryview) -> None:
+        """A part of the body."""
+        if self.closed or not data:
+            return
+        if self._chunked:
+            if len(data) > _JOIN_BYTES:
+                self.transport.writelines((b"%x\r\n" % len(data), data, b"\r\n"))
+            else:
+                self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return
+        if self._left >= 0:
+            self._left -= len(data)
+            if self._left < 0:  # more than was announced would be read as the next answer
+                self.abandon()
+                self.break_off()
+                return
+        self.transport.write(data)
+
+    def finish(self) -> None:
+        """The end of the body."""
+        if self.closed:
+            return
+        if self._left > 0:
+            self.break_off()
+            return
+        if self._chunked:
+            self.transport.write(LAST_CHUNK)
+        self.answered()
+
+    def _grant_owed(self) -> None:
+        owed, self._owed = self._owed, 0
+        self.allow(owed)
+
+    # --- the transport's side ---
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self.started and self._owed:
+            self._grant_owed()
+
+
+def _content_type(kind: int) -> bytes:
+    return b"content-type: %b\r\n" % CONTENT_TYPES[kind] if kind < OWN_HEADERS else b""
+
+
+def as_view(data: Any) -> memoryview:
+    """Bytes of any kind, to be cut without copying."""
+    return memoryview(data).cast("B")

@@ -1,0 +1,291 @@
+"""A snapshot is in force when every process follows it, or was dealt with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+import virtual_time
+from fake_peers import FakePeer
+from msgspec.structs import replace
+
+from headgate.controller.publisher import PATIENCE_S, Publisher
+from headgate.core.state import BackendView, ReplicaAddress, Settings, Snapshot
+from headgate.wire import messages
+
+
+class World:
+    """A publisher and what it called."""
+
+    def __init__(self, first: int = 0) -> None:
+        self.silent: list[str] = []
+        self.changes = 0
+        self.publisher = Publisher(
+            first, on_silent=lambda peer: self.silent.append(peer.id), on_change=self.changed
+        )
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    def peer(self, role: str = "client", id: str = "c", *, has: int = 0, silent: bool = False) -> FakePeer:
+        peer = FakePeer(role, id, self.hears)
+        peer.silent = silent
+        self.publisher.join(peer, has)
+        return peer
+
+    def hears(self, peer: FakePeer, message: Any) -> None:
+        if isinstance(message, messages.Ack):
+            self.publisher.acked(peer, message.version)
+
+
+def listing(*ids: str) -> Snapshot:
+    replicas = tuple(ReplicaAddress(id, f"/run/{id}", 1) for id in ids)
+    return Snapshot(backends=(BackendView("b", 1, Settings(), replicas),), ready=True)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def on_virtual_time(main: Coroutine[Any, Any, None]) -> None:
+    virtual_time.run(main)
+
+
+def test_a_snapshot_reaches_all_and_is_in_force_at_once() -> None:
+    async def main() -> None:
+        world = World()
+        peers = [world.peer(id=str(number)) for number in range(3)]
+        version = world.publisher.publish(listing("b#1"))
+        await world.publisher.in_force(version)
+
+        assert now() == 0.0
+        assert [peer.snapshots for peer in peers] == [[replace(listing("b#1"), version=1)]] * 3
+
+    on_virtual_time(main())
+
+
+def test_what_says_nothing_new_is_not_sent() -> None:
+    async def main() -> None:
+        world = World()
+        peer = world.peer()
+        versions = [world.publisher.publish(listing("b#1")) for _ in range(3)]
+
+        assert versions == [1, 1, 1]
+        assert len(peer.snapshots) == 1
+
+    on_virtual_time(main())
+
+
+def test_versions_grow_through_restarts() -> None:
+    async def main() -> None:
+        old, new = World(first=1 << 32), World(first=2 << 32)
+        assert old.publisher.publish(listing()) < new.publisher.publish(listing())
+
+    on_virtual_time(main())
+
+
+def test_whoever_joins_later_gets_the_newest() -> None:
+    async def main() -> None:
+        world = World()
+        world.publisher.publish(listing("b#1"))
+        world.publisher.publish(listing("b#2"))
+        peer = world.peer()
+        assert not world.publisher.follows(peer)
+        await world.publisher.in_force(2)
+
+        assert [snapshot.version for snapshot in peer.snapshots] == [2]
+        assert world.publisher.follows(peer)
+
+    on_virtual_time(main())
+
+
+def test_whoever_joins_before_the_first_gets_nothing_yet() -> None:
+    async def main() -> None:
+        world = World()
+        peer = world.peer()
+        await world.publisher.in_force(0)
+        assert not peer.snapshots
+        assert not world.publisher.follows(peer)
+
+    on_virtual_time(main())
+
+
+def test_a_silent_client_is_fenced_after_two_seconds_until_it_has_caught_up() -> None:
+    async def main() -> None:
+        world = World()
+        replica = FakePeer("replica", "b#1")
+        world.publisher.join_replica(replica)
+        client = world.peer(id="slow", silent=True)
+        version = world.publisher.publish(listing("b#1"))
+        await world.publisher.in_force(version)
+
+        assert now() == PATIENCE_S
+        assert replica.fences() == [{}, {"slow": version}]
+        newcomer = FakePeer("replica", "b#2")
+        world.publisher.join_replica(newcomer)
+        assert newcomer.fences() == [{"slow": version}]
+
+        client.silent = False
+        client.say(messages.Ack(version))
+        await asyncio.sleep(0.001)
+        assert replica.fences()[-1] == {}
+        assert world.publisher.follows(client)
+
+    on_virtual_time(main())
+
+
+def test_a_fenced_client_that_leaves_is_fenced_no_more() -> None:
+    async def main() -> None:
+        world = World()
+        replica = FakePeer("replica", "b#1")
+        world.publisher.join_replica(replica)
+        client = world.peer(id="slow", silent=True)
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        world.publisher.leave(client)
+
+        assert replica.fences()[-1] == {}
+
+    on_virtual_time(main())
+
+
+def test_a_silent_proxy_is_reported_once_and_waited_for_until_it_is_gone() -> None:
+    async def main() -> None:
+        world = World()
+        proxy = world.peer("proxy", "proxy#1", silent=True)
+        world.publisher.publish(listing("b#1"))
+        waiter = asyncio.ensure_future(world.publisher.in_force(1))
+        await asyncio.sleep(PATIENCE_S + 3.0)
+        world.publisher.publish(listing("b#2"))
+        await asyncio.sleep(PATIENCE_S + 3.0)
+
+        assert world.silent == ["proxy#1"]
+        assert not waiter.done()
+        world.publisher.leave(proxy)
+        await waiter
+
+    on_virtual_time(main())
+
+
+def test_each_snapshot_has_its_own_two_seconds() -> None:
+    async def main() -> None:
+        world = World()
+        replica = FakePeer("replica", "b#1")
+        world.publisher.join_replica(replica)
+        client = world.peer(id="slow", silent=True)
+        world.publisher.publish(listing("b#1"))
+        await asyncio.sleep(1.5)
+        world.publisher.publish(listing("b#2"))
+        world.publisher.acked(client, 1)
+        await world.publisher.in_force(2)
+
+        assert now() == 1.5 + PATIENCE_S
+        assert replica.fences()[-1] == {"slow": 2}
+
+    on_virtual_time(main())
+
+
+def test_nobody_waits_for_whoever_has_gone() -> None:
+    async def main() -> None:
+        world = World()
+        client = world.peer(silent=True)
+        waiter = asyncio.ensure_future(world.publisher.in_force(world.publisher.publish(listing())))
+        await asyncio.sleep(0.5)
+        world.publisher.leave(client)
+        await waiter
+        assert now() == 0.5
+
+    on_virtual_time(main())
+
+
+# --- routed ---
+
+
+def test_a_replica_is_routed_until_nobody_can_follow_a_snapshot_that_lists_it() -> None:
+    async def main() -> None:
+        world = World()
+        quick, slow = world.peer(id="quick"), world.peer(id="slow")
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        assert world.publisher.routed("b#1")
+
+        slow.silent = True
+        world.publisher.publish(listing("b#2"))
+        await asyncio.sleep(0.1)
+        assert world.publisher.routed("b#1")  # slow may not have taken the new one
+        assert world.publisher.routed("b#2")  # quick has
+
+        before = world.changes
+        world.publisher.acked(slow, 2)
+        assert not world.publisher.routed("b#1")
+        assert world.changes > before
+        assert world.publisher.follows(quick)
+
+    on_virtual_time(main())
+
+
+def test_a_fenced_process_holds_back_no_replica() -> None:
+    async def main() -> None:
+        world = World()
+        client = world.peer()
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        client.silent = True
+        await world.publisher.in_force(world.publisher.publish(listing("b#2")))
+
+        assert not world.publisher.routed("b#1")
+
+    on_virtual_time(main())
+
+
+def test_a_process_that_skipped_a_snapshot_may_have_used_it() -> None:
+    async def main() -> None:
+        world = World()
+        client = world.peer()
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        client.silent = True
+        world.publisher.publish(listing("b#2"))
+        world.publisher.publish(listing("b#3"))
+        assert all(world.publisher.routed(f"b#{number}") for number in (1, 2, 3))
+
+        world.publisher.acked(client, 3)
+        assert [world.publisher.routed(f"b#{number}") for number in (1, 2, 3)] == [False, False, True]
+
+    on_virtual_time(main())
+
+
+def test_a_process_with_a_snapshot_of_an_earlier_controller_may_use_any_replica() -> None:
+    async def main() -> None:
+        world = World(first=2 << 32)
+        client = world.peer(has=(1 << 32) + 5)
+        assert world.publisher.routed("b#1")
+        await world.publisher.in_force(world.publisher.publish(listing("b#2")))
+
+        assert not world.publisher.routed("b#1")
+        assert world.publisher.follows(client)
+
+    on_virtual_time(main())
+
+
+@pytest.mark.parametrize("role", ["client", "replica"])
+def test_an_early_process_that_never_answers_is_fenced(role: str) -> None:
+    async def main() -> None:
+        world = World(first=2 << 32)
+        world.peer(role, has=(1 << 32) + 5, silent=True)
+        await world.publisher.in_force(world.publisher.publish(listing("b#2")))
+
+        assert now() == PATIENCE_S
+        assert not world.publisher.routed("b#1")
+
+    on_virtual_time(main())
+
+
+def test_a_replica_is_told_the_fences_when_it_comes_back() -> None:
+    """An earlier controller may have left some in it."""
+
+    async def main() -> None:
+        world = World()
+        replica = FakePeer("replica", "b#1")
+        world.publisher.join_replica(replica)
+        assert replica.fences() == [{}]
+
+    on_virtual_time(main())

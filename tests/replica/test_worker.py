@@ -1,0 +1,511 @@
+"""The worker behind its links: frames in, frames out, on virtual time; plain code runs on the loop here."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import virtual_time
+from starlette.responses import JSONResponse, StreamingResponse
+
+import headgate
+from headgate.core import framing
+from headgate.core.state import Settings
+from headgate.replica import callable as code
+from headgate.replica.links import CallerLink
+from headgate.replica.plain import PlainThread
+from headgate.replica.worker import Worker
+from headgate.wire import payload
+from headgate.wire.link import WINDOW_BYTES, Link, open_link
+
+pack = framing.HEADER.pack
+HEAD = b"GET /x?a=1 HTTP/1.1\r\nhost: h\r\n\r\n"
+
+
+class PlainOnLoop(PlainThread):
+    """The plain thread's interface, run between the turns of the loop: no thread, same order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queued: list[Callable[[], None]] = []
+        self.put = self._put  # type: ignore[method-assign]
+
+    def _put(self, work: Callable[[], None] | None) -> None:
+        assert work is not None
+        self.queued.append(work)
+        asyncio.get_running_loop().call_soon(self._next)
+
+    def _next(self) -> None:
+        self.queued.pop(0)()
+
+
+class RouterEnd(Link):
+    """The router's end: keeps every frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.got: list[tuple[int, int, int, int, bytes, bytes]] = []
+        self.page = mmap.mmap(-1, 65536)
+
+    def on_frames(self, frames: list[framing.Frame]) -> None:
+        for kind, flags, meta_len, slot, arg, source, start, end in frames:
+            meta, body = bytes(source[start : start + meta_len]), bytes(source[start + meta_len : end])
+            self.got.append((kind, flags, slot, arg, meta, body))
+
+    def http(self, slot: int, body: bytes = b"", *, method: str | None = None, ms: int = 0) -> None:
+        meta = msgspec.msgpack.encode([f"id{slot}", "e", None, [], "127.0.0.1", 1, ["h", 80, "http"], method])
+        flags = framing.HEAD if method else 0
+        arg = len(HEAD) << 32 | ms
+        self.send(pack(len(meta) + len(HEAD) + len(body), framing.CALL, flags, len(meta), slot, arg) + meta + HEAD + body)
+
+    def value(self, slot: int, data: Any, **kwargs: Any) -> None:
+        meta = msgspec.msgpack.encode([f"id{slot}", "e", None, None, None, bool(kwargs)])
+        body = b"".join(payload.encode((data, kwargs) if kwargs else data))
+        self.send(pack(len(meta) + len(body), framing.CALL, framing.VALUE, len(meta), slot, 0) + meta + body)
+
+    def frame(self, kind: int, slot: int = 0, arg: int = 0, body: bytes = b"") -> None:
+        self.send(pack(len(body), kind, 0, 0, slot, arg) + body)
+
+    def ends(self) -> dict[int, tuple[int, int, bytes]]:
+        """slot -> its final answer, as (type, status, body)."""
+        final = {framing.REPLY, framing.ERROR, framing.END, framing.BUSY, framing.DRAINING}
+        return {
+            slot: (kind, arg & 0xFFFF, body)
+            for kind, flags, slot, arg, _, body in self.got
+            if kind in final and not (kind == framing.REPLY and flags & framing.MORE)
+        }
+
+    async def end(self, slot: int) -> tuple[int, int, bytes]:
+        for _ in range(5000):
+            if slot in self.ends():
+                return self.ends()[slot]
+            await asyncio.sleep(0.001)
+        raise AssertionError(f"no answer in slot {slot}: {self.got}")
+
+    def stream(self, slot: int) -> bytes:
+        return b"".join(body for kind, _, at, _, _, body in self.got if kind == framing.DATA and at == slot)
+
+
+class Rig:
+    def __init__(self, target: Any, *init_args: Any, **settings: Any) -> None:
+        loaded = code.LoadedCallable(target, init_args, "target")
+        loaded.construct()
+        self.drained = False
+        self.plain = PlainOnLoop()
+        self.worker = Worker(loaded, Settings(**settings), self.plain, on_drained=self._on_drained)
+        self.links: list[Link] = []
+
+    def _on_drained(self) -> None:
+        self.drained = True
+
+    async def link(self, name: str = "router") -> RouterEnd:
+        ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            sock.setblocking(False)
+        router = RouterEnd()
+        caller = CallerLink(self.worker, name, router.page, None)
+        await open_link(caller, theirs)
+        await open_link(router, ours)
+        self.links += [router, caller]
+        return router
+
+    def close(self) -> None:
+        for link in self.links:
+            link.abort()
+
+
+def served(target: Any, *init_args: Any, **settings: Any) -> Callable[[Any], Callable[[], None]]:
+    """Run an async test with a worker for `target`."""
+
+    def decorate(test: Callable[[Rig], Awaitable[None]]) -> Callable[[], None]:
+        def run() -> None:
+            async def main() -> None:
+                rig = Rig(target, *init_args, **settings)
+                try:
+                    await test(rig)
+                finally:
+                    rig.close()
+                    await asyncio.sleep(0.001)
+
+            virtual_time.run(main())
+
+        run.__name__ = getattr(test, "__name__", "test")
+        return run
+
+    return decorate
+
+
+def echo(request: Any) -> Any:
+    return request.data
+
+
+async def slow_echo(request: Any) -> Any:
+    await asyncio.sleep(1.0)
+    return await request.body()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level("CRITICAL")
+    yield
+
+
+@served(echo)
+async def test_a_plain_handler_answers(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(3, b"body")
+    assert await link.end(3) == (framing.REPLY, 200, b"body")
+    assert link.page[3] == 1
+
+
+@served(slow_echo, max_concurrent_queries=100)
+async def test_async_handlers_run_side_by_side(rig: Rig) -> None:
+    link = await rig.link()
+    for slot in range(20):
+        link.http(slot, b"%d" % slot)
+    for slot in range(20):
+        assert await link.end(slot) == (framing.REPLY, 200, b"%d" % slot)
+    assert asyncio.get_running_loop().time() < 1.2
+
+
+@served(slow_echo, max_concurrent_queries=2)
+async def test_the_limit_holds_over_all_links_and_rooms_go_in_turn(rig: Rig) -> None:
+    one, two = await rig.link("one"), await rig.link("two")
+    one.http(0)
+    one.http(1)
+    await asyncio.sleep(0.1)
+    one.http(2)
+    two.http(0)
+    await asyncio.sleep(0.1)
+    assert one.ends()[2][0] == two.ends()[0][0] == framing.BUSY
+    await asyncio.sleep(2.0)
+    assert [kind for kind, *_ in one.got].count(framing.ROOM) == 1
+    assert [kind for kind, *_ in two.got].count(framing.ROOM) == 1
+    assert rig.worker.admission.reserved == 2
+
+
+class Raises:
+    def __call__(self, request: Any) -> Any:
+        raise {"value": ValueError, "exit": SystemExit, "interrupt": KeyboardInterrupt, "stop": StopIteration}[
+            request.data.decode()
+        ]("on purpose")
+
+    def fine(self, request: Any) -> str:
+        return "fine"
+
+    def _hidden(self, request: Any) -> str:
+        return "hidden"
+
+
+@served(Raises)
+async def test_whatever_a_handler_raises_is_its_own_request_s_500(rig: Rig) -> None:
+    link = await rig.link()
+    names = {b"value": b"ValueError", b"exit": b"SystemExit", b"interrupt": b"KeyboardInterrupt", b"stop": b"StopIteration"}
+    for slot, (body, name) in enumerate(names.items()):
+        link.http(slot, body)
+        assert await link.end(slot) == (framing.ERROR, 500, name + b": on purpose")
+    link.http(9, method="fine")
+    assert await link.end(9) == (framing.REPLY, 200, b"fine")
+
+
+@served(Raises)
+async def test_methods_that_requests_may_not_call_are_not_found(rig: Rig) -> None:
+    link = await rig.link()
+    for slot, name in enumerate(["_hidden", "nothing", "reconfigure", "__init__"]):
+        link.http(slot, method=name)
+        assert (await link.end(slot))[:2] == (framing.ERROR, 404)
+
+
+async def raise_cancelled(request: Any) -> Any:
+    raise asyncio.CancelledError("my own")
+
+
+@served(raise_cancelled)
+async def test_a_cancelled_error_of_the_handler_s_own_is_a_500(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0)
+    assert (await link.end(0))[:2] == (framing.ERROR, 500)
+
+
+cancelled: list[str] = []
+
+
+async def notes_cancel(request: Any) -> None:
+    try:
+        await asyncio.sleep(100)
+    except asyncio.CancelledError:
+        cancelled.append(request.request_id)
+        raise
+
+
+@served(notes_cancel)
+async def test_a_cancel_reaches_an_async_handler_and_frees_its_slot(rig: Rig) -> None:
+    cancelled.clear()
+    link = await rig.link()
+    link.http(7)
+    await asyncio.sleep(0.1)
+    link.frame(framing.CANCEL, 7)
+    assert (await link.end(7))[:2] == (framing.ERROR, 499)
+    assert cancelled == ["id7"]
+    assert rig.worker.admission.held == 0
+
+
+@served(notes_cancel)
+async def test_a_router_that_goes_away_cancels_its_requests(rig: Rig) -> None:
+    cancelled.clear()
+    link = await rig.link()
+    link.http(1)
+    link.http(2)
+    await asyncio.sleep(0.1)
+    link.abort()
+    await asyncio.sleep(0.1)
+    assert sorted(cancelled) == ["id1", "id2"]
+    assert rig.worker.admission.held == 0
+
+
+@served(echo)
+async def test_what_was_cancelled_or_expired_while_it_waited_never_starts(rig: Rig) -> None:
+    link = await rig.link()
+    hold = list(rig.plain.queued)
+    assert hold == []
+    put, rig.plain.put = rig.plain.put, hold.append  # type: ignore[method-assign]
+    link.http(0)
+    link.http(1, ms=1)
+    await asyncio.sleep(0.01)
+    link.frame(framing.CANCEL, 0)
+    await asyncio.sleep(0.01)
+    import time
+
+    time.sleep(0.002)  # the deadline is on the real clock
+    for work in hold:
+        put(work)
+    assert (await link.end(0))[:2] == (framing.ERROR, 499)
+    assert (await link.end(1))[:2] == (framing.ERROR, 504)
+    assert link.page[0] == link.page[1] == 0
+
+
+@headgate.accept_batch
+def sizes(requests: list[Any]) -> list[int]:
+    return [len(requests)] * len(requests)
+
+
+@served(sizes, max_batch_size=3, max_concurrent_queries=10)
+async def test_what_arrives_together_is_batched_up_to_the_limit(rig: Rig) -> None:
+    link = await rig.link()
+    for slot in range(4):
+        link.http(slot)
+    answers = [(await link.end(slot))[2] for slot in range(4)]
+    assert answers == [b"3", b"3", b"3", b"1"]
+
+
+@headgate.accept_batch
+def wrong(requests: list[Any]) -> Any:
+    what = requests[0].data
+    return {"dict": {}, "short": [1], "set": {1, 2}}[what.decode()]
+
+
+@served(wrong, max_batch_size=2)
+async def test_a_wrong_batch_result_fails_its_batch_with_a_clear_text(rig: Rig) -> None:
+    link = await rig.link()
+    for slot, body in enumerate([b"dict", b"dict", b"short", b"short", b"set", b"set"]):
+        link.http(slot, body)
+    texts = [(await link.end(slot))[2].decode() for slot in range(6)]
+    assert all("dict" in text for text in texts[:2])
+    assert all("1 results for 2 requests" in text for text in texts[2:4])
+    assert all("set" in text for text in texts[4:])
+
+
+@headgate.accept_batch
+async def one_fails(requests: list[Any]) -> list[Any]:
+    return [ValueError("just me") if request.data == b"bad" else "good" for request in requests]
+
+
+@served(one_fails, max_batch_size=4)
+async def test_an_exception_in_a_batch_s_result_fails_one_request(rig: Rig) -> None:
+    link = await rig.link()
+    for slot, body in enumerate([b"ok", b"bad", b"ok"]):
+        link.http(slot, body)
+    assert [(await link.end(slot))[:2] for slot in range(3)] == [
+        (framing.REPLY, 200),
+        (framing.ERROR, 500),
+        (framing.REPLY, 200),
+    ]
+
+
+def count_to_three(request: Any) -> Iterator[str]:
+    yield from ("one ", "two ", "three")
+
+
+@served(count_to_three)
+async def test_a_generator_streams_its_items(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0)
+    assert (await link.end(0))[0] == framing.END
+    assert link.stream(0) == b"one two three"
+    start = link.got[0]
+    assert start[0] == framing.REPLY
+    assert start[1] & framing.MORE
+    assert start[1] & framing.STREAM
+
+
+def fails_midway(request: Any) -> Iterator[bytes]:
+    yield b"some"
+    raise ValueError("midway")
+
+
+@served(fails_midway)
+async def test_a_generator_that_raises_midway_ends_with_an_error(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0)
+    assert (await link.end(0))[0] == framing.ERROR
+    assert link.stream(0) == b"some"
+
+
+async def endless(request: Any) -> AsyncIterator[bytes]:
+    try:
+        while True:
+            yield b"x" * 10_000
+    finally:
+        cancelled.append("closed")
+
+
+@served(endless)
+async def test_a_stream_stops_at_its_window_and_goes_on_with_credit(rig: Rig) -> None:
+    cancelled.clear()
+    link = await rig.link()
+    link.http(0)
+    await asyncio.sleep(0.5)
+    first = len(link.stream(0))
+    assert WINDOW_BYTES <= first < WINDOW_BYTES + 10_000
+    link.frame(framing.CREDIT, 0, 50_000)
+    await asyncio.sleep(0.5)
+    assert first + 40_000 <= len(link.stream(0)) <= first + 60_000
+    link.frame(framing.CANCEL, 0)
+    await link.end(0)
+    assert cancelled == ["closed"]
+
+
+def large(request: Any) -> bytes:
+    return b"z" * 1_000_000
+
+
+@served(large)
+async def test_a_large_body_comes_in_parts_within_the_window(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0)
+    await asyncio.sleep(0.1)
+    assert len(link.stream(0)) <= WINDOW_BYTES + 65536
+    for _ in range(10):
+        link.frame(framing.CREDIT, 0, 200_000)
+        await asyncio.sleep(0.05)
+    assert (await link.end(0))[0] == framing.END
+    assert link.stream(0) == b"z" * 1_000_000
+    assert int.from_bytes(link.got[0][5], "little") == 1_000_000
+
+
+def responses(request: Any) -> Any:
+    if request.data == b"json":
+        return JSONResponse({"a": 1}, status_code=201, headers={"x-mine": "yes"})
+
+    async def parts() -> AsyncIterator[str]:
+        yield "a"
+        yield "b"
+
+    return StreamingResponse(parts(), media_type="text/csv")
+
+
+@served(responses)
+async def test_starlette_responses_keep_status_and_headers(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0, b"json")
+    assert await link.end(0) == (framing.REPLY, 201, b'{"a":1}')
+    assert b"x-mine: yes\r\n" in link.got[0][4]
+    link.http(1, b"stream")
+    assert (await link.end(1))[0] == framing.END
+    assert link.stream(1) == b"ab"
+
+
+class Values:
+    def __call__(self, request: Any) -> Any:
+        if request.data == "kwargs":
+            return request.query_params
+        if request.data == "generator":
+            return (number for number in range(3))
+        if request.data == "raise":
+            raise KeyError("nope")
+        return request.data
+
+
+@served(Values)
+async def test_handles_get_python_values(rig: Rig) -> None:
+    link = await rig.link()
+    link.value(0, {"a": (1, 2)})
+    link.value(1, "kwargs", x=1.5)
+    link.value(2, "generator")
+    assert payload.decode((await link.end(0))[2]) == {"a": (1, 2)}
+    assert payload.decode((await link.end(1))[2]) == {"x": 1.5}
+    assert payload.decode((await link.end(2))[2]) == [0, 1, 2]
+    link.value(3, "raise")
+    error = payload.decode_error((await link.end(3))[2])
+    assert isinstance(error, KeyError)
+    assert "in __call__" in error.remote_traceback  # type: ignore[attr-defined]
+
+
+@served(slow_echo)
+async def test_a_draining_worker_finishes_what_it_has_and_takes_nothing_new(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0, b"old")
+    await asyncio.sleep(0.1)
+    rig.worker.drain()
+    link.http(1, b"new")
+    assert (await link.end(1))[0] == framing.DRAINING
+    assert not rig.drained
+    assert await link.end(0) == (framing.REPLY, 200, b"old")
+    await asyncio.sleep(0.01)
+    assert rig.drained
+
+
+@served(echo)
+async def test_a_fenced_process_is_told_which_snapshot_it_lacks(rig: Rig) -> None:
+    stale, fresh = await rig.link("stale"), await rig.link("fresh")
+    rig.worker.fence({"stale": 12})
+    stale.http(0)
+    fresh.http(0, b"x")
+    kind, needed, _ = await stale.end(0)
+    assert (kind, needed) == (framing.DRAINING, 12)
+    assert (await fresh.end(0))[0] == framing.REPLY
+    rig.worker.fence({})
+    stale.http(1, b"y")
+    assert await stale.end(1) == (framing.REPLY, 200, b"y")
+
+
+@served(slow_echo, max_concurrent_queries=1)
+async def test_new_limits_hold_at_once(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0)
+    await asyncio.sleep(0.1)
+    rig.worker.configure(Settings(max_concurrent_queries=2))
+    link.http(1)
+    await asyncio.sleep(0.1)
+    assert rig.worker.admission.held == 2
+
+
+@served(echo)
+async def test_a_body_in_pieces_is_put_together(rig: Rig) -> None:
+    link = await rig.link()
+    meta = msgspec.msgpack.encode(["id", "e", None, [], "h", 1, ["h", 80, "http"], None])
+    size = len(meta) + len(HEAD) + 8
+    total = (200_000).to_bytes(8, "little")
+    link.send(pack(size, framing.CALL, framing.MORE, len(meta), 0, len(HEAD) << 32) + meta + HEAD + total)
+    for _ in range(4):
+        link.frame(framing.DATA, 0, 0, b"p" * 50_000)
+    link.frame(framing.END, 0)
+    await asyncio.sleep(0.01)
+    link.frame(framing.CREDIT, 0, 10**6)
+    assert (await link.end(0))[0] == framing.END
+    assert link.stream(0) == b"p" * 200_000

@@ -1,0 +1,517 @@
+"""The router against replicas that answer as the test says: real links on real sockets, virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import virtual_time
+
+from headgate.core import framing
+from headgate.core.state import BackendView, Endpoint, ReplicaAddress, Settings, Snapshot, Traffic
+from headgate.errors import BackendOverloaded, EndpointNotFound, HeadgateError, ReplicaDied, RequestTimeout
+from headgate.router import Caller, Router
+from headgate.wire.control import Acceptor
+from headgate.wire.link import Link, open_link
+from headgate.wire.slots import map_memory
+
+TOKEN = b"t" * 32
+pack = framing.HEADER.pack
+
+
+class Asked(Caller):
+    """A caller that keeps what it is told."""
+
+    def __init__(self, body: bytes = b"", head: bytes = b"") -> None:
+        self.body = body
+        self.head = head
+        self.got: list[Any] = []
+        self.ended = asyncio.Event()
+
+    def on_reply(self, arg: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
+        self._end(("reply", arg, bytes(source[start:end])))
+
+    def on_reply_start(self, arg: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
+        self.got.append(("start", arg))
+
+    def on_data(self, source: Any, start: int, end: int) -> None:
+        self.got.append(("data", bytes(source[start:end])))
+
+    def on_reply_end(self) -> None:
+        self._end(("end",))
+
+    def on_error(self, status: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
+        self._end(("error", status, bytes(source[start:end])))
+
+    def on_failure(self, error: HeadgateError) -> None:
+        self._end(error)
+
+    def _end(self, what: Any) -> None:
+        assert not self.ended.is_set(), "a request ended twice"
+        self.got.append(what)
+        self.ended.set()
+
+    async def result(self) -> Any:
+        await self.ended.wait()
+        return self.got[-1]
+
+
+class ReplicaEnd(Link):
+    """The replica's end of a link: keeps the calls, answers when told."""
+
+    def __init__(self, replica: Replica, page: Any) -> None:
+        super().__init__()
+        self.replica = replica
+        self.page = page
+        replica.links.append(self)
+
+    def on_frames(self, frames: list[framing.Frame]) -> None:
+        for kind, flags, meta_len, slot, arg, source, start, end in frames:
+            payload = bytes(source[start + meta_len : end])
+            self.replica.heard.append((kind, slot, arg, payload))
+            if kind == framing.CALL:
+                self.replica.calls.append((self, slot, payload))
+                if not flags & framing.MORE:
+                    self.replica.on_call(self, slot, payload)
+            elif kind == framing.PING and self.replica.alive:
+                self.send(pack(0, framing.PONG, 0, 0, 0, 0))
+
+    def answer(self, kind: int, slot: int, arg: int = 0, body: bytes = b"", flags: int = 0) -> None:
+        self.send(pack(len(body), kind, flags, 0, slot, arg) + body)
+
+
+class Replica:
+    """A listening replica whose behaviour is `on_call`."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.address = str(folder / f"{name}.sock")
+        self.calls: list[tuple[ReplicaEnd, int, bytes]] = []
+        self.heard: list[tuple[int, int, int, bytes]] = []
+        self.links: list[ReplicaEnd] = []
+        self.alive = True
+        self.on_call: Callable[[ReplicaEnd, int, bytes], None] = lambda link, slot, body: None
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.address)
+        listener.listen()
+        self.acceptor = Acceptor(listener, TOKEN, self._admit)
+        self.acceptor.open()
+
+    async def _admit(self, sock: socket.socket, name: str, fds: list[int]) -> None:
+        await open_link(ReplicaEnd(self, map_memory(fds[0])), sock)
+        for fd in fds[1:]:
+            os.close(fd)
+
+    def echo(self) -> Replica:
+        def reply(link: ReplicaEnd, slot: int, body: bytes) -> None:
+            link.answer(framing.REPLY, slot, 200, self.name.encode() + b":" + body)
+
+        self.on_call = reply
+        return self
+
+    def refuse_with(self, kind: int, arg: int = 0) -> Replica:
+        self.on_call = lambda link, slot, body: link.answer(kind, slot, arg)
+        return self
+
+    def close(self) -> None:
+        self.acceptor.close()
+        for link in self.links:
+            link.abort()
+
+
+class Rig:
+    """A router and its replicas."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder = folder
+        self.router = Router(TOKEN, "test", **options)
+        self.version = 0
+        self.replicas: list[Replica] = []
+
+    def replica(self, name: str) -> Replica:
+        self.replicas.append(Replica(name, self.folder))
+        return self.replicas[-1]
+
+    def publish(
+        self, backends: dict[str, list[Replica]], traffic: Traffic | None = None, **settings: Any
+    ) -> Endpoint:
+        self.version += 1
+        first = next(iter(backends), "none")
+        endpoint = Endpoint("e", None, ("GET",), traffic or Traffic(weights=((first, 1.0),)))
+        views = tuple(
+            BackendView(
+                tag,
+                1,
+                Settings(**settings),
+                tuple(ReplicaAddress(one.name, one.address, os.getpid()) for one in replicas),
+            )
+            for tag, replicas in backends.items()
+        )
+        self.router.follow(Snapshot(self.version, (endpoint,), views, ready=True))
+        return endpoint
+
+    async def ask(self, endpoint: Endpoint, body: bytes = b"", **options: Any) -> Any:
+        caller = Asked(body)
+        self.router.submit(endpoint, caller, **options)
+        return await caller.result()
+
+    def close(self) -> None:
+        self.router.close()
+        for replica in self.replicas:
+            replica.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hg-") as path:
+        yield Path(path)
+
+
+def routed(test: Callable[[Rig], Awaitable[None]]) -> Callable[[Path], None]:
+    """Run an async test with a Rig on virtual time."""
+
+    def run(folder: Path) -> None:
+        async def main() -> None:
+            rig = Rig(folder)
+            try:
+                await test(rig)
+            finally:
+                rig.close()
+                await settle()
+
+        virtual_time.run(main())
+
+    run.__name__ = getattr(test, "__name__", "test")
+    return run
+
+
+async def settle() -> None:
+    """Let everything that is under way arrive."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@routed
+async def test_a_request_reaches_its_replica_and_its_answer_comes_back(rig: Rig) -> None:
+    endpoint = rig.publish({"b": [rig.replica("r1").echo()]})
+    assert await rig.ask(endpoint, b"hi") == ("reply", 200, b"r1:hi")
+
+
+@routed
+async def test_requests_spread_over_all_replicas(rig: Rig) -> None:
+    replicas = [rig.replica(f"r{n}").echo() for n in range(3)]
+    endpoint = rig.publish({"b": replicas})
+    await settle()
+    answers = [await rig.ask(endpoint) for _ in range(6)]
+    assert sorted(answer[2] for answer in answers) == [b"r0:", b"r0:", b"r1:", b"r1:", b"r2:", b"r2:"]
+
+
+@routed
+async def test_a_request_before_any_replica_waits_for_one(rig: Rig) -> None:
+    endpoint = rig.publish({"b": []})
+    caller = Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    await settle()
+    assert caller.got == []
+    rig.publish({"b": [rig.replica("r1").echo()]})
+    assert await caller.result() == ("reply", 200, b"r1:x")
+
+
+@routed
+async def test_no_more_than_the_limit_is_sent_and_the_rest_waits_in_order(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=2)
+    callers = [Asked(b"%d" % n) for n in range(5)]
+    for caller in callers:
+        rig.router.submit(endpoint, caller)
+    await settle()
+    assert [body for _, _, body in replica.calls] == [b"0", b"1"]
+    replica.echo()
+    for link, slot, body in replica.calls[:2]:
+        replica.on_call(link, slot, body)
+    await asyncio.gather(*(caller.result() for caller in callers))
+    assert [body for _, _, body in replica.calls] == [b"0", b"1", b"2", b"3", b"4"]
+
+
+@routed
+async def test_a_busy_replica_keeps_its_request_first_in_line_and_room_lets_it_go(rig: Rig) -> None:
+    replica = rig.replica("r1").refuse_with(framing.BUSY)
+    endpoint = rig.publish({"b": [replica]})
+    first, second = Asked(b"first"), Asked(b"second")
+    rig.router.submit(endpoint, first)
+    await until(lambda: replica.calls)
+    await settle()
+    rig.router.submit(endpoint, second)
+    await settle()
+    assert [body for _, _, body in replica.calls] == [b"first"], "nothing more is sent before ROOM"
+    replica.echo()
+    replica.links[0].answer(framing.ROOM, 0, 1)
+    assert await first.result() == ("reply", 200, b"r1:first")
+    replica.links[0].answer(framing.ROOM, 0, 1)
+    assert await second.result() == ("reply", 200, b"r1:second")
+
+
+@routed
+async def test_room_that_nobody_needs_is_handed_back(rig: Rig) -> None:
+    replica = rig.replica("r1").refuse_with(framing.BUSY)
+    endpoint = rig.publish({"b": [replica]})
+    caller = Asked()
+    rig.router.submit(endpoint, caller)
+    await until(lambda: replica.calls)
+    await settle()
+    rig.router.cancel(caller)
+    replica.links[0].answer(framing.ROOM, 0, 1)
+    await until(lambda: any(kind == framing.ROOM for kind, *_ in replica.heard))
+    assert [arg for kind, _, arg, _ in replica.heard if kind == framing.ROOM] == [1]
+
+
+@routed
+async def test_a_draining_replica_s_late_request_goes_elsewhere(rig: Rig) -> None:
+    leaving = rig.replica("r1").refuse_with(framing.DRAINING)
+    staying = rig.replica("r2").echo()
+    endpoint = rig.publish({"b": [leaving, staying]})
+    await settle()
+    answers = [await rig.ask(endpoint) for _ in range(4)]
+    assert {answer[2] for answer in answers} == {b"r2:"}
+    assert len(leaving.calls) == 1
+
+
+@routed
+async def test_a_fenced_process_routes_anew_with_the_snapshot_it_lacked(rig: Rig) -> None:
+    old, new = rig.replica("old").refuse_with(framing.DRAINING, arg=2), rig.replica("new").echo()
+    endpoint = rig.publish({"a": [old], "b": [new]})
+    caller = Asked()
+    rig.router.submit(endpoint, caller)
+    await until(lambda: old.calls)
+    await settle()
+    assert caller.got == []
+    rig.publish({"a": [old], "b": [new]}, Traffic(weights=(("b", 1.0),)))
+    assert await caller.result() == ("reply", 200, b"new:")
+
+
+@routed
+async def test_a_request_that_had_not_started_survives_its_replica(rig: Rig) -> None:
+    dying = rig.replica("r1")
+    dying.on_call = lambda link, slot, body: link.abort()
+    endpoint = rig.publish({"b": [dying]})
+    caller = Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    await until(lambda: dying.calls)
+    rig.publish({"b": [rig.replica("r2").echo()]})
+    # The "process" behind the link is this one, which lives: nobody can say that it did not start.
+    error = await caller.result()
+    assert isinstance(error, ReplicaDied)
+    assert error.started
+
+
+@routed
+async def test_what_the_slot_page_says_decides_when_the_process_is_dead(rig: Rig) -> None:
+    child = os.posix_spawn("/bin/true", ["/bin/true"], {})
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, and its pid is kept
+    dying = rig.replica("r1")
+
+    def start_second_only(link: ReplicaEnd, slot: int, body: bytes) -> None:
+        if body == b"started":
+            link.page[slot] = 1
+            asyncio.get_running_loop().call_later(0.01, link.abort)
+
+    dying.on_call = start_second_only
+    endpoint = rig.publish({"b": [dying]})
+    waiting, started = Asked(b"waiting"), Asked(b"started")
+    await settle()
+    link = rig.router.backends["b"].links["r1"]
+    os.close(link._pidfd)
+    link._pidfd = os.pidfd_open(child)
+    rig.router.submit(endpoint, waiting)
+    rig.router.submit(endpoint, started)
+    await until(lambda: len(dying.calls) == 2)
+    rig.publish({"b": [rig.replica("r2").echo()]})
+    assert await waiting.result() == ("reply", 200, b"r2:waiting")
+    error = await started.result()
+    assert isinstance(error, ReplicaDied)
+    assert error.started
+    assert rig.router.backends["b"].replicas.idle("r1")
+    os.waitpid(child, 0)
+
+
+@routed
+async def test_an_idempotent_request_is_run_once_more(rig: Rig) -> None:
+    dying = rig.replica("r1")
+
+    def die(link: ReplicaEnd, slot: int, body: bytes) -> None:
+        link.page[slot] = 1
+        link.abort()
+
+    dying.on_call = die
+    endpoint = rig.publish({"b": [dying]}, idempotent=True)
+    caller = Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    await until(lambda: dying.calls)
+    rig.publish({"b": [rig.replica("r2").echo()]}, idempotent=True)
+    assert await caller.result() == ("reply", 200, b"r2:x")
+
+
+@routed
+async def test_an_answer_that_had_begun_is_never_asked_for_again(rig: Rig) -> None:
+    dying = rig.replica("r1")
+
+    def begin_and_die(link: ReplicaEnd, slot: int, body: bytes) -> None:
+        link.answer(framing.REPLY, slot, 200, flags=framing.MORE | framing.STREAM)
+        link.answer(framing.DATA, slot, body=b"part")
+        asyncio.get_running_loop().call_later(0.01, link.abort)
+
+    dying.on_call = begin_and_die
+    endpoint = rig.publish({"b": [dying]}, idempotent=True)
+    caller = Asked()
+    rig.router.submit(endpoint, caller)
+    assert isinstance(await caller.result(), ReplicaDied)
+    assert caller.got[:2] == [("start", 200), ("data", b"part")]
+
+
+@routed
+async def test_what_a_dead_replica_had_sent_still_counts(rig: Rig) -> None:
+    replica = rig.replica("r1")
+
+    def answer_and_die(link: ReplicaEnd, slot: int, body: bytes) -> None:
+        link.answer(framing.REPLY, slot, 200, b"last words")
+        link.flush()
+        link.close()
+
+    replica.on_call = answer_and_die
+    endpoint = rig.publish({"b": [replica]})
+    assert await rig.ask(endpoint) == ("reply", 200, b"last words")
+
+
+@routed
+async def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, request_timeout_s=1.5, max_concurrent_queries=1)
+    running, waiting = Asked(), Asked()
+    rig.router.submit(endpoint, running)
+    rig.router.submit(endpoint, waiting)
+    for caller in (running, waiting):
+        assert isinstance(await caller.result(), RequestTimeout)
+    assert 1.5 <= asyncio.get_running_loop().time() <= 1.65
+    await settle()
+    assert [arg for kind, _, arg, _ in replica.heard if kind == framing.CANCEL] == [1]
+    assert [arg & 0xFFFFFFFF for kind, _, arg, _ in replica.heard if kind == framing.CALL] == [1500]
+    assert not rig.router.timed
+
+
+@routed
+async def test_a_slot_is_taken_until_the_replica_s_last_word_on_a_cancelled_request(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=1)
+    first, second = Asked(b"1"), Asked(b"2")
+    rig.router.submit(endpoint, first)
+    await until(lambda: replica.calls)
+    rig.router.cancel(first)
+    rig.router.submit(endpoint, second)
+    await settle()
+    assert len(replica.calls) == 1
+    link, slot, _ = replica.calls[0]
+    replica.echo()
+    link.answer(framing.ERROR, slot, 499)
+    assert await second.result() == ("reply", 200, b"r1:2")
+    assert first.got == []
+
+
+@routed
+async def test_too_many_waiting_requests_are_shed_with_figures(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=1, max_queued_requests=1)
+    await settle()
+    callers = [Asked() for _ in range(3)]
+    for caller in callers:
+        rig.router.submit(endpoint, caller)
+    error = await callers[2].result()
+    assert isinstance(error, BackendOverloaded)
+    assert error.retry_after_s >= 1
+    assert "1 requests in flight and 1 waiting (limits 1 and 1)" in str(error)
+
+
+@routed
+async def test_a_deleted_backend_fails_what_waits_for_it(rig: Rig) -> None:
+    endpoint = rig.publish({"b": []})
+    caller = Asked()
+    rig.router.submit(endpoint, caller)
+    rig.publish({})
+    assert isinstance(await caller.result(), EndpointNotFound)
+    assert isinstance(await rig.ask(endpoint), EndpointNotFound)
+
+
+@routed
+async def test_a_silent_replica_gets_nothing_new_until_it_answers_again(rig: Rig) -> None:
+    silent, live = rig.replica("r1").echo(), rig.replica("r2").echo()
+    endpoint = rig.publish({"b": [silent, live]})
+    await settle()
+    silent.alive = False
+    await asyncio.sleep(5.5)
+    answers = {(await rig.ask(endpoint))[2] for _ in range(4)}
+    assert answers == {b"r2:"}
+    silent.alive = True
+    await asyncio.sleep(1.5)
+    answers = {(await rig.ask(endpoint))[2] for _ in range(4)}
+    assert answers == {b"r1:", b"r2:"}
+
+
+@routed
+async def test_a_shadow_gets_a_copy_and_the_main_request_does_not_wait_for_it(rig: Rig) -> None:
+    main, shadow = rig.replica("r1").echo(), rig.replica("r2")
+    endpoint = rig.publish({"a": [main], "b": [shadow]}, Traffic(weights=(("a", 1.0),), shadows=(("b", 1.0),)))
+    assert await rig.ask(endpoint, b"x") == ("reply", 200, b"r1:x")
+    await until(lambda: shadow.calls)
+    assert shadow.calls[0][2] == b"x"
+
+
+@routed
+async def test_a_large_body_goes_in_pieces_and_a_small_one_overtakes_it(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]})
+    large, small = Asked(b"L" * 1_000_000), Asked(b"small")
+    rig.router.submit(endpoint, large)
+    rig.router.submit(endpoint, small)
+    await until(lambda: any(kind == framing.END for kind, *_ in replica.heard))
+    pieces = [payload for kind, _, _, payload in replica.heard if kind == framing.DATA]
+    assert b"".join(pieces) == b"L" * 1_000_000
+    assert max(map(len, pieces)) <= 64 * 1024
+
+
+@routed
+async def test_a_removed_replica_s_link_is_closed_once_it_is_idle(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]})
+    caller = Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    await until(lambda: replica.calls)
+    rig.publish({"b": []})
+    await settle()
+    assert not replica.links[0].closed
+    link, slot, _ = replica.calls[0]
+    link.answer(framing.REPLY, slot, 200, b"done")
+    assert await caller.result() == ("reply", 200, b"done")
+    await until(lambda: replica.links[0].closed)
+
+
+@routed
+async def test_a_broken_frame_closes_the_link_and_a_new_one_is_made(rig: Rig) -> None:
+    replica = rig.replica("r1").echo()
+    endpoint = rig.publish({"b": [replica]})
+    await until(lambda: replica.links)
+    replica.links[0].send(pack(0, 77, 0, 0, 0, 0))
+    await until(lambda: len(replica.links) == 2)
+    await settle()
+    assert await rig.ask(endpoint, b"again") == ("reply", 200, b"r1:again")
+
+
