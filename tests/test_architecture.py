@@ -27,14 +27,19 @@ LAYERS = (
     ("logs", "eventloop"),
     ("wire",),
     ("engine", "router"),
-    ("handle", "controller", "proxy", "replica"),
+    ("instance",),
+    ("calls",),
+    ("refs",),
+    ("handle", "controller", "proxy", "replica", "launch", "status"),
     ("api",),
     ("processes",),
     ("__init__",),
 )
 
 #: (importing module, imported part) -> why it may break the order.
-ORDER_EXCEPTIONS: dict[tuple[str, str], str] = {}
+ORDER_EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("handle", "replica"): "a Starlette Request passed as data is made portable by replica/request.py",
+}
 
 #: What core/ may use besides itself, `config` and `errors`. Everything here is pure.
 PURE = {

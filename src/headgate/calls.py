@@ -121,12 +121,16 @@ class Call(Caller):
 
     def fill(self, data: object, kwargs: dict[str, Any]) -> None:
         """Encode the arguments; SerializationError if one cannot travel."""
-        self.fill_encoded(b"".join(payload.encode((data, kwargs) if kwargs else data)), bool(kwargs))
+        if kwargs:
+            self.body = b"".join(payload.encode((data, kwargs)))
+            self.meta = self.target.meta(True)
+        else:
+            self.fill_encoded(b"".join(payload.encode(data)))
 
-    def fill_encoded(self, body: Any, has_kwargs: bool = False) -> None:
-        """As `fill`, with what was encoded before."""
-        self.meta = self.target.meta(has_kwargs)
+    def fill_encoded(self, body: Any) -> None:
+        """As `fill` without keyword arguments, with data that was encoded before."""
         self.body = body
+        self.meta = self.target.meta(False)
 
     # --- waiting for it ---
 

@@ -25,7 +25,7 @@ from headgate import instance as instances
 from headgate.calls import ENDED, Call, Lane, Options, Target, lane_of, no_endpoint
 from headgate.engine.directory import read_token
 from headgate.errors import ArgumentError, ConfigError, InstanceError
-from headgate.refs import ObjectRef, block_until, has_refs, submit_with_refs, until_done, wake
+from headgate.refs import ObjectRef, block_until, has_refs, submit_with_refs, wake
 
 if TYPE_CHECKING:
     from headgate.instance import Instance
@@ -175,31 +175,43 @@ class AsyncServeHandle(_Handle):
 
     async def remote(self, data: Any = None, /, **kwargs: Any) -> ObjectRef:
         """As ServeHandle.remote; await the ObjectRef for the answer."""
-        call = await self._start(data, kwargs)
+        if _is_request(data):
+            await data.body()
+        call = self._start(data, kwargs)
         if not (call.assigned or call.done):
             future = call.lane.loop.create_future()
             call.on_assignment = partial(wake, future)
-            await _or_cancel(call, future)
+            try:
+                await future
+            except asyncio.CancelledError:
+                call.lane.cancel(call)
+                raise
         if not call.assigned:
             call.take()
         return ObjectRef(call)
 
     async def call(self, data: Any = None, /, **kwargs: Any) -> Any:
         """Send a request and return its answer; as ServeHandle.call. Cancelling it cancels the request."""
-        call = await self._start(data, kwargs)
+        if _is_request(data):
+            await data.body()
+        call = self._start(data, kwargs)
         if not call.done:
-            await _or_cancel(call, until_done(call))
+            future = call.lane.loop.create_future()
+            call.on_done(partial(wake, future))
+            try:
+                await future
+            except asyncio.CancelledError:
+                call.lane.cancel(call)
+                raise
         return call.take()
 
-    async def _start(self, data: Any, kwargs: dict[str, Any]) -> Call:
+    def _start(self, data: Any, kwargs: dict[str, Any]) -> Call:
         call = Call(self._lane(), self._target)
         if has_refs(data, kwargs):
             submit_with_refs(call, data, kwargs)
-            return call
-        if _is_request(data):
-            await data.body()
-        call.fill(_portable(data), kwargs)
-        call.lane.submit(call)
+        else:
+            call.fill(_portable(data), kwargs)
+            call.lane.submit(call)
         return call
 
     def _lane(self) -> Lane:
@@ -264,14 +276,6 @@ def _acquire(lock: threading.Lock, call: Call) -> None:
     try:
         lock.acquire()
     except KeyboardInterrupt:
-        call.lane.cancel(call)
-        raise
-
-
-async def _or_cancel(call: Call, future: asyncio.Future[None]) -> None:
-    try:
-        await future
-    except asyncio.CancelledError:
         call.lane.cancel(call)
         raise
 

@@ -134,8 +134,7 @@ class Calls:
         late = asyncio.get_running_loop().call_later(GOODBYE_S + 1.0, self._kill_proxies)
         await controller.until(lambda: not controller.proxies.peers())
         late.cancel()
-        controller.goals = Goals()  # those on disk go with the run directory
-        controller.poke()
+        controller.abandon_goals()
         await controller.until(lambda: not controller.fleet.seen)
         asyncio.get_running_loop().call_soon(self._end)
 

@@ -33,8 +33,10 @@ from headgate.core import lifecycle, reconcile
 from headgate.core.reconcile import Seen, Start, Stop
 from headgate.core.state import BackendGoal, Goals
 from headgate.engine.interface import Engine, Event, Exited
+from headgate.engine.local import LocalEngine
 from headgate.errors import HeadgateError, ProtocolError
 from headgate.wire import messages
+from headgate.wire.control import Hub
 
 if TYPE_CHECKING:
     from headgate.engine.boot import ChildBoot
@@ -43,10 +45,9 @@ log = logs.get("controller")
 
 #: How long a new controller waits for the processes that it found to say how they are.
 ADOPT_S = 1.0
-#: How long it holds that routers of before its time may follow any snapshot.
-UNKNOWN_ROUTERS_S = 2.0
-#: How long a replica that has reported its failure may take to end by itself.
-LAST_WORDS_S = 1.0
+#: How long it holds that there may be routers which have not reconnected yet. One that comes later is
+#: answered by draining replicas that it must go elsewhere.
+UNKNOWN_ROUTERS_S = 0.5
 
 
 class Controller:
@@ -123,6 +124,11 @@ class Controller:
     def _routers_known(self) -> None:
         self._routers_unknown = False
         self.poke()
+
+    def abandon_goals(self) -> None:
+        """Want nothing any more; what was stored goes with the run directory."""
+        self.goals, self.lost = Goals(), None
+        self._routers_known()
 
     # --- the goals ---
 
@@ -295,7 +301,7 @@ class Controller:
             log.error("replica %s is killed: %s", id, error)
             self.engine.kill(id)
         if report.phase == "failed":
-            self.loop.call_later(LAST_WORDS_S, self.engine.kill, id)
+            self.engine.kill(id)
 
     def _set_back(self, setback: Setback | None) -> None:
         """A replica failed: the change being tried out is given up, or it is tried again later."""
@@ -355,9 +361,6 @@ def main(child: ChildBoot) -> int:
 
 
 async def _serve(child: ChildBoot) -> None:
-    from headgate.engine.local import LocalEngine
-    from headgate.wire.control import Hub
-
     assert child.ask is not None
     assert child.control_listener is not None
     boot = child.boot

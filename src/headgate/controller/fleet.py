@@ -118,7 +118,7 @@ class Fleet:
         if report.phase == "failed":
             return self._fail(before, lifecycle.FAILED, report.error or "it gave no reason", now)
         if before.reconfiguring and self.seen[id].config_version == UNKNOWN_CONFIG:
-            return self._setback(before, report.error, True, report.config_version)
+            return self._setback(before, report.error, True, before.config_version)
         return None
 
     def ended(self, id: str, cause: str, now: float) -> Setback | None:
@@ -221,12 +221,13 @@ def _configured(one: Seen, report: messages.Report, *, first: bool) -> Seen:
     """`one` with what `report` says about its user_config."""
     if report.phase != lifecycle.READY:
         return one
-    if first:
-        return replace(one, config_version=report.config_version, reconfiguring=False)
-    if not one.reconfiguring or report.config_version != one.config_version:
-        return one  # said before it was told
-    if report.error:
+    if first:  # an adopted one may have failed to take the newest
+        config_version = UNKNOWN_CONFIG if report.error else report.config_version
+        return replace(one, config_version=config_version, reconfiguring=False)
+    if one.reconfiguring and report.error:
         return replace(one, config_version=UNKNOWN_CONFIG, reconfiguring=False)
+    if report.config_version != one.config_version:
+        return one  # said before it was told
     return replace(one, reconfiguring=False)
 
 

@@ -115,10 +115,10 @@ class Answering(Caller):
         at = start + meta_len
         block = bytes(source[start:at]) if flags & framing.HEAD else b""
         text = bytes(source[at:end]).decode("utf-8", "replace")
-        self.local(admin.error(status, text, block))
+        self.answer(admin.error(status, text, block))
 
     def on_failure(self, error: HeadgateError) -> None:
-        self.local(admin.failure(error))
+        self.answer(admin.failure(error))
 
     # --- whole answers ---
 
@@ -137,7 +137,7 @@ class Answering(Caller):
                     status, lines, len(body), self.request_id, self.server.date, self.last, self.http10
                 )
         except ConfigError as error:
-            self.local(admin.error(500, str(error)))
+            self.answer(admin.error(500, str(error)))
             return
         if not body or not has_body(status, self.method):
             self.transport.write(head)
@@ -147,7 +147,7 @@ class Answering(Caller):
             self.transport.write(head + bytes(body))
         self.answered()
 
-    def local(self, answer: admin.Local) -> None:
+    def answer(self, answer: admin.Local) -> None:
         """Answer with a page or an error of the proxy's own; in the middle of an answer, break it off."""
         if self.started:
             self.break_off()
@@ -171,7 +171,7 @@ class Answering(Caller):
             )
         except ConfigError as error:
             self.abandon()
-            self.local(admin.error(500, str(error)))
+            self.answer(admin.error(500, str(error)))
             return False
         self.transport.write(head)
         if not has_body(status, self.method):

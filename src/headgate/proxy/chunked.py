@@ -3,7 +3,7 @@
 Strict: what two parsers could read differently is refused. Extensions and trailers are checked
 and thrown away. Limits hold for the body, for each line, and for all trailers together.
 
-No sockets here; connection.py feeds it.
+No sockets here. Bodies of known length are body.py's.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ class Chunked:
     """Collects the body in `body`.
 
     >>> chunked = Chunked(Limits())
-    >>> chunked.feed(b"3\\r\\nabc\\r\\n0\\r\\n\\r\\nGET", 0), bytes(chunked.body)
+    >>> chunked.take(b"3\\r\\nabc\\r\\n0\\r\\n\\r\\nGET"), bytes(chunked.body)
     (15, b'abc')
     >>> chunked.done
     True
     """
+
+    filling = None  # nothing can be received straight into its place
 
     def __init__(self, limits: Limits) -> None:
         self.body = bytearray()
@@ -45,11 +47,12 @@ class Chunked:
         self._waste = 0  # bytes that are no body
         self._trailer_bytes = 0
 
-    def feed(self, data: bytes, position: int) -> int:
-        """Take in data[position:]; where this body ends in it, or its length.
+    def take(self, data: bytes) -> int:
+        """How much of the data belongs to this body; all of it, unless it ends there.
 
         Raises Reject: 400 malformed, 413 the body, 431 the trailers too large.
         """
+        position = 0
         while position < len(data) and not self.done:
             if self._state == _DATA:
                 position = self._take_data(data, position)

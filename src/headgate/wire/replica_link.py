@@ -87,6 +87,9 @@ class Caller:
     answering = False  # the first part of an answer has arrived
     gone = False  # gave up
 
+    def on_assigned(self) -> None:
+        """It was sent to a replica; called again if it has to go elsewhere."""
+
     def on_reply(self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
         """The whole answer: payload source[start:end]."""
 
