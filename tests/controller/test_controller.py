@@ -289,7 +289,7 @@ async def test_a_user_config_that_is_refused_is_an_error_and_the_old_one_is_back
     with pytest.raises(BackendStartError, match=r"new user_config(.|\n)*no such key"):
         await world.reconfigure("raise: KeyError: no such key")
 
-    last = {id: message for id, message in world.told(messages.Configure)}
+    last = dict(world.told(messages.Configure))
     assert all(Path(message.user_config_path).read_bytes() == b"good" for message in last.values())
     assert (await world.call("list_backends"))["b"]["user_config"] == b"good"
     assert world.living() == ["b#0001", "b#0002"]
@@ -319,6 +319,15 @@ async def test_a_backend_is_gone_when_delete_returns(world: World) -> None:
     assert world.living() == []
     assert world.snapshot.backends == ()
     await world.create()
+
+
+@instance(drain_s=(100.0, 100.0))
+async def test_a_deleted_backend_has_the_time_that_was_set(world: World) -> None:
+    await world.create(num_replicas=2, graceful_shutdown_timeout_s=30.0)
+    begun = now()
+    await world.call("delete_backend", tag="b")
+
+    assert now() - begun == pytest.approx(30.0, abs=0.1)
 
 
 @instance(drain_s=(100.0, 100.0))
@@ -504,7 +513,7 @@ async def test_a_start_without_a_proxy_is_an_error_that_says_why(world: World) -
         world.engine.crash(proxy)
     world.engine.peers.clear()
     world.engine.broken_proxy = "exited with status 1"
-    with pytest.raises(InstanceError, match="proxy does not start: .*status 1"):
+    with pytest.raises(InstanceError, match=r"proxy does not start: .*status 1"):
         await world.call("wait_ready")
 
 
@@ -528,7 +537,7 @@ def _full(fd: int, data: bytes) -> int:
 async def test_a_call_that_does_not_exist_and_one_that_cannot_be_read_are_typed_errors(world: World) -> None:
     with pytest.raises(ProtocolError, match="no call 'dance'"):
         await world.call("dance")
-    with pytest.raises(ProtocolError, match="create_backend: .*tag"):
+    with pytest.raises(ProtocolError, match=r"create_backend: .*tag"):
         await world.call("create_backend", tag=7)
 
 
@@ -613,7 +622,7 @@ async def test_lost_goals_stop_nothing_and_every_call_says_so(world: World) -> N
 
     assert world.living() == ["b#0001"]
     for method in ("create_endpoint", "list_backends", "wait_ready"):
-        with pytest.raises(InstanceError, match="goals record .* is lost"):
+        with pytest.raises(InstanceError, match=r"goals record .* is lost"):
             await world.call(method)
     assert "is lost" in (await world.status())["waiting"][0]
     await world.call("shutdown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -266,10 +267,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full_changes_nothing_and_recovers(small_disk: Path) -> None:
     store = Store(str(small_disk))
     store.save(first())
-    filler = small_disk / "filler"
-    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
+    filler = _fill(small_disk)
 
     with pytest.raises(StoreError, match="No space left"):
         store.save(goals(20))
@@ -280,6 +278,14 @@ def test_a_disk_that_is_really_full_changes_nothing_and_recovers(small_disk: Pat
     filler.unlink()
     store.save(goals(20))
     assert store.load() == goals(20)
+
+
+def _fill(disk: Path) -> Path:
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return filler
 
 
 # --- blobs ---

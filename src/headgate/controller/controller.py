@@ -141,7 +141,6 @@ class Controller:
         if goals != self.goals:
             self.store.save(goals)
             self.goals = goals
-            self._collect_blobs()
         self.tick()
         return self.publisher.snapshot.version
 
@@ -159,6 +158,7 @@ class Controller:
         finally:
             self.deployments.end(deployment)
             self.fleet.forget_failures(self._versions())
+            self._collect_blobs()
             self.poke()
         await self.publisher.in_force(version)
 
@@ -189,7 +189,7 @@ class Controller:
         """Bring what runs one step closer to the goals."""
         self._ticking = False
         now = self.loop.time()
-        for _ in range(self.proxies.missing(now)):
+        for _ in range(self.proxies.take_missing(now)):
             self.spawn(self._start_proxy())
         if not self.adopting and self.lost is None:
             self._publish()
@@ -277,14 +277,15 @@ class Controller:
     def on_event(self, event: Event) -> None:
         """A process of the engine reported or ended."""
         now = self.loop.time()
+        if isinstance(event, Exited):
+            self.said_hello(event.id)
         if isinstance(event, Exited) and self.proxies.ended(event.id, event.cause, now):
-            self._unsaid.discard(event.id)
+            pass
         elif event.id not in self.fleet.seen:
             if self._births:
                 self._early.append(event)
             return
         elif isinstance(event, Exited):
-            self.said_hello(event.id)
             self._set_back(self.fleet.ended(event.id, event.cause, now))
             log.info("replica %s is gone: %s", event.id, event.cause)
         elif isinstance(event.message, messages.Health):

@@ -69,6 +69,7 @@ class Fleet:
         self._configs: dict[str, int] = {}
         self._notes: dict[str, _Notes] = {}
         self._asked = 0
+        self._unborn: set[str] = set()  # asked for, without an id
 
     # --- births ---
 
@@ -77,13 +78,15 @@ class Fleet:
         self._asked += 1
         name = f"{goal.tag}#new-{self._asked}"
         self._add(name, goal.tag, goal.version, now, goal.config_version)
-        self._notes[name].told = goal.settings
+        self._unborn.add(name)
+        self.told(name, goal.settings)
         return name
 
     def born(self, name: str, id: str, pid: int, node: str = "local") -> bool:
         """The replica that was asked for has an id; False if it is not wanted any more."""
         one = self.seen.pop(name, None)
         notes = self._notes.pop(name, None)
+        self._unborn.discard(name)
         if one is None or notes is None:
             return False
         self.seen[id] = replace(one, id=id, pid=pid, node=node)
@@ -128,6 +131,7 @@ class Fleet:
             return None
         setback = self._fail(one, lifecycle.ENDED, cause, now)
         del self.seen[id], self._notes[id]
+        self._unborn.discard(id)
         return setback
 
     def broken(self, id: str, error: str, now: float) -> Setback | None:
@@ -169,7 +173,8 @@ class Fleet:
 
     def stopped(self, id: str, now: float) -> None:
         """A replica was told to end. One without an id is forgotten: `born` will say so."""
-        if "#new-" in id:
+        if id in self._unborn:
+            self._unborn.discard(id)
             del self.seen[id], self._notes[id]
         else:
             self.seen[id] = reconcile.heard(self.seen[id], lifecycle.STOP, now)
@@ -185,6 +190,9 @@ class Fleet:
         notes = self._notes[id]
         news = notes.told != settings
         notes.told = settings
+        self.seen[id] = replace(
+            self.seen[id], graceful_shutdown_timeout_s=settings.graceful_shutdown_timeout_s
+        )
         return news
 
     def forget_failures(self, versions: set[Version]) -> None:

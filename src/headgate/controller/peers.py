@@ -56,6 +56,8 @@ class Peers:
         self._connected.add(peer)
         if hello.role == PROXY:
             controller.proxies.joined(peer)
+            if controller.leaving:
+                peer.tell(messages.Goodbye())
         elif hello.role == REPLICA:
             controller.publisher.join_replica(peer)
         if hello.follows:

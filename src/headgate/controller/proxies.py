@@ -62,11 +62,13 @@ class Proxies:
         del self._pids[id]
         return True
 
-    def missing(self, now: float) -> int:
-        """How many are to be started now."""
+    def take_missing(self, now: float) -> int:
+        """How many are to be started now; the caller starts each of them."""
         if now < self._next_try:
             return 0
-        return max(0, self.wanted - len(self._running) - self._starting)
+        missing = max(0, self.wanted - len(self._running) - self._starting)
+        self._starting += missing
+        return missing
 
     def next_look(self, now: float) -> float | None:
         """When a back-off runs out."""
@@ -74,8 +76,7 @@ class Proxies:
         return self._next_try if short and self._next_try > now else None
 
     async def start(self) -> None:
-        """Start one; a failure is remembered, not raised."""
-        self._starting += 1
+        """Start one that was taken; a failure is remembered, not raised."""
         try:
             id = await self._engine.start_proxy()
         except HeadgateError as error:

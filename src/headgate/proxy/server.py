@@ -178,8 +178,7 @@ class Proxy:
             on_gone=self._end,
         )
 
-    def _hello(self) -> messages.Hello:
-        version = self.server.snapshot.version
+    def _hello(self, version: int) -> messages.Hello:
         return messages.Hello("proxy", self._id, os.getpid(), follows=True, snapshot_version=version)
 
     async def run(self) -> None:
