@@ -288,12 +288,12 @@ class Lane:
         self.pending.add(call)
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+        if call.expires is not None:
+            call.deadline = self.loop.time() + call.expires - monotonic()
         endpoint = router.endpoints.get(call.target.endpoint)
         if endpoint is None:
             self._miss(call)
             return
-        if call.expires is not None:
-            call.deadline = self.loop.time() + call.expires - monotonic()
         router.submit(endpoint, call, call.target.options.shard_key)
 
     def expire(self, call: Call) -> None:
@@ -322,11 +322,10 @@ class Lane:
             return
         if not self._missing:
             self.loop.call_later(_POLL_S, self._look)
-        until = monotonic() + MISSING_S
-        self._missing[call] = until if call.expires is None else min(until, call.expires)
+        self._missing[call] = min(self.loop.time() + MISSING_S, call.deadline)
 
     def _look(self) -> None:
-        now = monotonic()
+        now = self.loop.time()
         waiting, self._missing = self._missing, {}
         for call, until in waiting.items():
             if call.done:
@@ -336,7 +335,7 @@ class Lane:
                 self.submit(call)
             elif now < until:
                 self._missing[call] = until
-            elif until == call.expires:
+            elif until == call.deadline:
                 call.on_failure(RequestTimeout(f"endpoint {name!r} was not there before the deadline"))
             else:
                 call.on_failure(no_endpoint(self.instance, name, f" within {MISSING_S:g} s"))

@@ -23,7 +23,7 @@ from headgate.core.state import Endpoint, Snapshot
 from headgate.errors import InstanceError
 from headgate.router import Router
 from headgate.wire import messages
-from headgate.wire.control import ControlClient
+from headgate.wire.control import OVER, ControlClient
 from headgate.wire.thread import HeadgateThread
 
 _FIRST_SNAPSHOT_S = 10.0
@@ -47,13 +47,13 @@ class Instance:
         self.pid = os.getpid()
         self.thread = HeadgateThread()
         self.control: ControlClient
-        self.on_gone: Callable[[], None] = lambda: None
         self.closed = False
         self._following = [role == "client"]  # shared with `hello`, which must not hold self
         self._routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router] = WeakKeyDictionary()
         self._keepers: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()
         self._leave: Callable[[], object] = lambda: None
+        self._when_gone: list[Callable[[], object]] = []
 
     # --- joining ---
 
@@ -61,8 +61,9 @@ class Instance:
         self,
         report: Callable[[], messages.Report | None] = lambda: None,
         on_message: Callable[[messages.FromController], None] = lambda message: None,
+        timeout_s: float | None = None,
     ) -> None:
-        """Start the headgate thread and connect. Raises InstanceError if nobody listens."""
+        """Start the headgate thread and connect. Raises InstanceError if nobody listens, and TimeoutError."""
         this = weakref.ref(self)
 
         def spread(snapshot: Snapshot) -> None:
@@ -71,7 +72,7 @@ class Instance:
 
         def gone() -> None:
             if (instance := this()) is not None:
-                instance.on_gone()
+                instance._gone()
 
         path = os.path.join(self.directory, "control.sock")
         hello = _hello(self.role, self.name, self._following, report)
@@ -80,7 +81,8 @@ class Instance:
             self.control = self.thread.connect(
                 lambda: ControlClient(
                     path, self.token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone
-                )
+                ),
+                timeout_s,
             )
         except BaseException:
             self.thread.stop()
@@ -99,6 +101,16 @@ class Instance:
         """False once it was left, is over, or belongs to the process that this one was forked from."""
         return not self.closed and not self.control.gone and self.pid == os.getpid()
 
+    def when_gone(self, function: Callable[[], object]) -> None:
+        """Call `function` once the instance is over, on the headgate thread; again if it is over already."""
+        self._when_gone.append(function)
+        if hasattr(self, "control") and self.control.gone:
+            function()
+
+    def _gone(self) -> None:
+        for function in self._when_gone:
+            function()
+
     def follow(self) -> None:
         """Have snapshots from now on; returns once the first is here."""
         if not self._following[0]:
@@ -109,16 +121,18 @@ class Instance:
 
     # --- control calls ---
 
-    def call(self, method: str, **params: Any) -> Any:
+    def call(self, method: str, /, timeout_s: float | None = None, **params: Any) -> Any:
         """A call of the controller, from any thread but the headgate thread; blocks until answered.
 
-        Raises what the controller raises; InstanceError when the instance is over.
+        Raises what the controller raises; InstanceError when the instance is over; TimeoutError.
         """
+        self.check()
+        return self.thread.run(self.control.call(method, params), timeout_s)
+
+    def check(self) -> None:
+        """Raises InstanceError unless the instance is usable."""
         if not self.usable:
-            raise InstanceError(
-                "this instance has already been shut down, or ended; call headgate.start() for a new one"
-            )
-        return self.thread.run(self.control.call(method, params))
+            raise InstanceError(OVER)
 
     # --- routers ---
 

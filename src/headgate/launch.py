@@ -4,17 +4,19 @@ The order of things is the start-up time: the socket is bound first, so that a p
 error before anything ran; then the supervisor is executed, and while it imports what it needs,
 the driver imports its own half (the event loop, the router).
 
-Whoever started an instance that is not detached owns its end: `Ending` runs once, at shutdown, at
+Whoever started an instance that is not detached owns its end: `Ending.now` runs once, at shutdown, at
 the end of a `with` block, when the client is collected, or when the interpreter exits. A driver
-that is killed is noticed by the supervisor.
+that is killed is noticed by the supervisor; a supervisor that is killed takes all others along, and
+what it left is removed here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
-import shutil
 import signal
+import socket
 import sys
 import threading
 import weakref
@@ -22,31 +24,58 @@ from typing import TYPE_CHECKING, Any
 
 from headgate.engine import boot, directory, listener
 from headgate.errors import HeadgateError, InstanceError
+from headgate.params import pack
+from headgate.signals import catch_sigterm, release_sigterm
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from headgate.config import HTTPOptions
     from headgate.instance import Instance
 
-#: Beyond the 20 s that requests in flight are given.
-_SHUTDOWN_S = 30.0
-_TERMINATED = 128 + signal.SIGTERM
+#: The longest that a start may take; then something is wrong with this machine.
+START_S = 60.0
+#: The longest that a shutdown may take: beyond the 20 s that requests in flight are given.
+SHUTDOWN_S = 30.0
+#: How long processes may take to end once they were told or killed.
+_DYING_S = 2.0
 
 
 class Launched:
-    """A supervisor that was executed: where it lives and what it listens on."""
+    """A supervisor that this process executed: where it lives, what it listens on, and its end."""
 
     def __init__(self, path: str, token: bytes, pid: int, address: str | None) -> None:
         self.path = path
         self.token = token
-        self.pid = pid
         self.address = address
-        self.pidfd = os.pidfd_open(pid)
+        self._pidfd = os.pidfd_open(pid)
+        self._lock = threading.RLock()  # a signal handler may come here while its thread is in here
+
+    def kill(self, number: int = signal.SIGTERM) -> None:
+        """End all processes of the instance: SIGTERM lets the supervisor clean up."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def collect(self, timeout_s: float = _DYING_S) -> bool:
+        """Wait for the supervisor's end, reap it and remove what it left; False if it lives on."""
+        with self._lock:
+            if self._pidfd < 0:
+                return True
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            if not poll.poll(timeout_s * 1000):
+                return False
+            with contextlib.suppress(ChildProcessError):  # somebody else's wait() took it
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if os.path.isdir(self.path):  # it was killed
+            directory.sweep(os.path.dirname(self.path))
+        return True
 
 
 def launch(options: HTTPOptions, namespace: str, detached: bool) -> Launched:
-    """Bind, write the run directory, execute the supervisor. Raises InstanceError, nothing is left then."""
+    """Bind, write the run directory, execute the supervisor. Raises HeadgateError, nothing is left then."""
+    middlewares = pack("http_options: middlewares", options.middlewares) if options.middlewares else b""
     root = directory.base()
     directory.sweep(root)
     if detached and directory.find(root, namespace):
@@ -54,98 +83,108 @@ def launch(options: HTTPOptions, namespace: str, detached: bool) -> Launched:
             f"a detached instance of namespace {namespace!r} runs already; use headgate.connect({namespace!r}), "
             "or give this one another namespace"
         )
-    http = None if not options.serves else listener.bind(options.host or "127.0.0.1", options.port)
-    name = directory.name_of(namespace) if detached else os.urandom(4).hex()
-    try:
-        path, lock = directory.create(root, name)
-    except BaseException:
+    with contextlib.ExitStack() as copies:  # of what the supervisor inherits
+        http = _listen(options)
         if http is not None:
-            http.close()
-        raise
-    control = None
+            copies.enter_context(http)
+        name = directory.name_of(namespace) if detached else os.urandom(4).hex()
+        path, lock = directory.create(root, name)
+        copies.callback(os.close, lock)
+        with contextlib.ExitStack() as undo:
+            undo.callback(directory.remove, path)
+            token = directory.write_token(path)
+            control = copies.enter_context(listener.bind_unix(os.path.join(path, directory.CONTROL)))
+            address = _write_address(path, http, options)
+            record = boot.Boot(
+                instance=name,
+                namespace=namespace,
+                directory=path,
+                token=token,
+                detached=detached,
+                driver_pid=os.getpid(),
+                lock_fd=lock,
+                control_fd=control.fileno(),
+                http_fd=-1 if http is None else http.fileno(),
+                http=_portable(options),
+                middlewares=middlewares,
+                sys_path=_sys_path(),
+            )
+            launched = Launched(path, token, boot.spawn(record), address)
+            undo.pop_all()
+            return launched
+
+
+def _listen(options: HTTPOptions) -> socket.socket | None:
+    if not options.serves:
+        return None
+    return listener.bind(options.host or "", options.port)
+
+
+def _write_address(path: str, http: socket.socket | None, options: HTTPOptions) -> str | None:
+    """What a client's http_address shows, kept in the run directory for `connect`."""
+    if http is None:
+        return None
+    address = listener.address_of(http, "https" if options.ssl_certfile else "http")
+    directory.write_address(path, address)
+    return address
+
+
+def _portable(options: HTTPOptions) -> dict[str, Any]:
+    return {
+        name: str(value) if name == "location" and value is not None else value
+        for name, value in options.to_dict().items()
+        if name != "middlewares"
+    }
+
+
+def _sys_path() -> list[str]:
+    """This process's, for a supervisor that may find headgate only there; "" is the working directory."""
     try:
-        token = directory.write_token(path)
-        control = listener.bind_unix(os.path.join(path, "control.sock"))
-        scheme = "https" if options.ssl_certfile else "http"
-        address = None if http is None else listener.address_of(http, scheme)
-        if address is not None:
-            _write(os.path.join(path, "address"), address)
-        record = _record(options, path, token, namespace, detached, lock, control.fileno(), http)
-        pid = boot.spawn(record)
-        return Launched(path, token, pid, address)
-    except BaseException:
-        directory.remove(path)
-        raise
-    finally:
-        os.close(lock)
-        for sock in (control, http):
-            if sock is not None:
-                sock.close()
-
-
-def _record(
-    options: HTTPOptions, path: str, token: bytes, namespace: str, detached: bool, lock: int, control: int, http: Any
-) -> boot.Boot:
-    fields = options.to_dict()
-    middlewares = fields.pop("middlewares")
-    fields["location"] = str(fields["location"]) if fields["location"] is not None else None
-    packed = b""
-    if middlewares:
-        import cloudpickle
-
-        packed = cloudpickle.dumps(middlewares)
-    return boot.Boot(
-        instance=os.path.basename(path),
-        namespace=namespace,
-        directory=path,
-        token=token,
-        detached=detached,
-        driver_pid=os.getpid(),
-        lock_fd=lock,
-        control_fd=control,
-        http_fd=-1 if http is None else http.fileno(),
-        http=fields,
-        middlewares=packed,
-        sys_path=[os.path.abspath(entry) for entry in sys.path],
-        cwd=os.getcwd(),
-    )
-
-
-def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(fd, "w") as file:
-        file.write(text)
-
-
-def reap(launched: Launched, timeout_s: float) -> bool:
-    """Wait for the supervisor's end and collect it; False if it lives on."""
-    poll = select.poll()
-    poll.register(launched.pidfd, select.POLLIN)
-    if not poll.poll(timeout_s * 1000):
-        return False
-    try:
-        os.waitpid(launched.pid, 0)
-    except ChildProcessError:  # somebody else's wait() took it
-        pass
-    return True
+        here = os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        here = "/"
+    entries = [os.path.join(here, entry) for entry in sys.path]
+    # A name that is not UTF-8 does not fit into the boot record; replicas get it with their code.
+    return [entry for entry in entries if entry.isprintable()]
 
 
 class Ending:
-    """Ends an instance that this process started; `now` may be called any number of times."""
+    """Ends an instance that this process started; `now` may be called any number of times.
 
-    def __init__(self, launched: Launched, instance: Instance, detached: bool) -> None:
+    instance   this process's membership in it, once it has joined
+    """
+
+    def __init__(self, launched: Launched, detached: bool) -> None:
+        self.instance: Instance | None = None
         self._launched = launched
-        self._instance = instance
         self._detached = detached
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._done = False
+        self._catches_sigterm = False
+
+    def join(self, instance: Instance) -> None:
+        """Become a member, and return when the instance is ready. Raises InstanceError if it will not be."""
+        self.instance = instance
+        instance.when_gone(self._launched.collect)
+        try:
+            instance.join(timeout_s=START_S)
+            instance.call("wait_ready", timeout_s=START_S)
+        except TimeoutError:
+            raise InstanceError(f"it was not ready after {START_S:g} s") from None
+
+    def with_client(self, client: object) -> weakref.finalize[Any, Any]:
+        """From now on the instance ends when `client` is collected or the interpreter exits, by SIGTERM too."""
+        if self._detached:
+            return weakref.finalize(client, self._launched.collect, 0.0)
+        self._catches_sigterm = catch_sigterm()
+        return weakref.finalize(client, self.now)
 
     def now(self, *, force: bool = False) -> None:
         """Drain and end everything; `force` kills. Returns when all processes are gone."""
         if os.getpid() != self._owner:  # a fork of the driver owns nothing
             return
-        if threading.current_thread() is self._instance.thread.thread:
+        if self.instance is not None and threading.current_thread() is self.instance.thread.thread:
             # collected on the headgate thread, which must not wait for itself
             threading.Thread(target=self.now).start()
             return
@@ -153,79 +192,33 @@ class Ending:
             if self._done:
                 return
             self._done = True
-        _restore_sigterm()
-        try:
-            if force:
-                self._kill()
-            else:
-                self._ask()
-        finally:
-            self._collect()
+            if self._catches_sigterm:
+                release_sigterm()
+            try:
+                if not force:
+                    self._ask()
+            except BaseException:
+                self._launched.kill()
+                raise
+            finally:
+                self._collect(force)
 
     def _ask(self) -> None:
-        try:
-            self._instance.call("shutdown", timeout_s=_SHUTDOWN_S)
-        except HeadgateError:  # it is over already
-            pass
+        assert self.instance is not None
+        with contextlib.suppress(HeadgateError, TimeoutError):  # it is over already, or does not answer
+            self.instance.call("shutdown", timeout_s=SHUTDOWN_S)
 
-    def _kill(self) -> None:
-        try:
-            signal.pidfd_send_signal(self._launched.pidfd, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-
-    def _collect(self) -> None:
+    def _collect(self, force: bool) -> None:
         launched = self._launched
-        if not reap(launched, 2.0):
-            self._kill()
-            if not reap(launched, 2.0):
-                signal.pidfd_send_signal(launched.pidfd, signal.SIGKILL)
-                reap(launched, 2.0)
-        self._instance.leave()
-        os.close(launched.pidfd)
-        if os.path.isdir(launched.path):  # the supervisor was killed: its children ended with it
-            shutil.rmtree(launched.path, ignore_errors=True)
+        if force or not launched.collect():
+            launched.kill()
+            if not launched.collect():
+                launched.kill(signal.SIGKILL)
+                launched.collect()
+        if self.instance is not None:
+            self.instance.leave()
 
     def force(self) -> None:
         """End everything now, also in the middle of `now`."""
-        self._kill()
-        reap(self._launched, 2.0)
-
-    def release(self) -> None:
-        """A detached instance outlives its starter: leave it, and collect nothing."""
-        self._instance.leave()
-
-
-_sigterm_users = 0
-
-
-def end_with_interpreter(client: Any, ending: Ending, detached: bool) -> weakref.finalize[Any, Any]:
-    """End the instance when `client` is collected or the interpreter exits, also by SIGTERM."""
-    if not detached:
-        _catch_sigterm()
-    return weakref.finalize(client, ending.release if detached else ending.now)
-
-
-def _catch_sigterm() -> None:
-    """Make SIGTERM an ordinary exit, if nobody else handles it."""
-    global _sigterm_users
-    if threading.current_thread() is not threading.main_thread():
-        return
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit)
-        _sigterm_users = 1
-    elif signal.getsignal(signal.SIGTERM) is _exit:
-        _sigterm_users += 1
-
-
-def _exit(signum: int, frame: FrameType | None) -> None:
-    sys.exit(_TERMINATED)
-
-
-def _restore_sigterm() -> None:
-    global _sigterm_users
-    if threading.current_thread() is not threading.main_thread() or not _sigterm_users:
-        return
-    _sigterm_users -= 1
-    if not _sigterm_users and signal.getsignal(signal.SIGTERM) is _exit:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._launched.kill()
+        self._launched.collect()

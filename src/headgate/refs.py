@@ -53,14 +53,20 @@ class ObjectRef:
 
         RequestTimeout (a TimeoutError) when `timeout` seconds pass first: the request goes on.
         """
-        if not self._call.done:
-            block_until(self._call, timeout)
-        return self._outcome()
+        try:
+            if not self._call.done:
+                block_until(self._call, timeout)
+            return self._outcome()
+        finally:
+            del self  # else an error raised here refers to this frame, which refers to the error
 
     def __await__(self) -> Generator[Any, None, Any]:
-        if not self._call.done:
-            yield from until_done(self._call).__await__()
-        return self._outcome()
+        try:
+            if not self._call.done:
+                yield from until_done(self._call).__await__()
+            return self._outcome()
+        finally:
+            del self  # as in `result`
 
     def future(self) -> Future[Any]:
         """The answer as a concurrent.futures.Future; cancelling it cancels the request."""
@@ -94,7 +100,7 @@ class ObjectRef:
             try:
                 raise self._error.with_traceback(None)
             finally:
-                del self  # the traceback would hold it
+                del self  # as in `result`
         return self._value
 
     def _fulfil(self, future: Future[Any]) -> None:
@@ -127,12 +133,15 @@ def get(refs: Any, timeout: float | None = None) -> Any:
     Raises what a handler raised, and RequestTimeout (a TimeoutError) when `timeout` seconds pass
     first: the requests go on, and get may be called again.
     """
-    if isinstance(refs, ObjectRef):
-        return refs.result(timeout)
-    if timeout is None:
-        return [ref.result() for ref in _checked(refs, "get")]
-    until = monotonic() + timeout
-    return [ref.result(max(0.0, until - monotonic())) for ref in _checked(refs, "get")]
+    try:
+        if isinstance(refs, ObjectRef):
+            return refs.result(timeout)
+        if timeout is None:
+            return [ref.result() for ref in _checked(refs, "get")]
+        until = monotonic() + timeout
+        return [ref.result(max(0.0, until - monotonic())) for ref in _checked(refs, "get")]
+    finally:
+        del refs  # as in ObjectRef.result
 
 
 def wait(

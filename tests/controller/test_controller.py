@@ -629,6 +629,31 @@ async def test_lost_goals_stop_nothing_and_every_call_says_so(world: World) -> N
     assert world.living() == []
 
 
+@instance()
+async def test_a_call_to_a_new_controller_waits_until_that_may_publish(world: World) -> None:
+    await world.create()
+    world.crash()
+    slow = FakePeer("client", "slow", world.hears)
+    world.engine.freeze("b#0001")
+    await world.start()
+    slow.hello()
+    await world.call("create_endpoint", name="e", backend="b", route=None, methods=["GET"])
+
+    assert now() == pytest.approx(START_S + 1.0, abs=0.01)
+    assert [endpoint.name for endpoint in slow.snapshots[-1].endpoints] == ["e"]
+
+
+@instance()
+async def test_a_controller_that_ended_before_it_stored_anything_lost_nothing(world: World) -> None:
+    world.crash()
+    for path in Path(world.directory).glob("goals.json*"):
+        path.unlink()
+    await world.start()
+    await world.create()
+
+    assert world.served() == ["b#0001"]
+
+
 # --- shutdown ---
 
 

@@ -10,7 +10,14 @@ import pytest
 from starlette.requests import Request
 
 from headgate.errors import ArgumentError, SerializationError
-from headgate.replica.request import AsyncServeRequest, HTTPRequest, PlainServeRequest, ServeRequest, portable
+from headgate.replica.request import (
+    AsyncServeRequest,
+    Copied,
+    HTTPRequest,
+    PlainServeRequest,
+    ServeRequest,
+    portable,
+)  # fmt: skip
 
 HEAD = (
     b"POST /api/7/a%20b?q=1&q=2&e=%C3%BC HTTP/1.1\r\nHost: example.org:81\r\nX-Two:  a\t\r\nx-two: b\r\n"
@@ -19,9 +26,8 @@ HEAD = (
 
 
 def request(head=HEAD, body=b'{"a": 1}', **more):
-    return HTTPRequest(
-        head, body, client=("10.0.0.1", 5000), server=("127.0.0.1", 8000), request_id="r1", **more
-    )
+    received = Copied(head, body, client=("10.0.0.1", 5000), server=("127.0.0.1", 8000), request_id="r1", **more)
+    return HTTPRequest(received)
 
 
 def form(content_type: bytes, body: bytes):
@@ -155,8 +161,15 @@ def test_a_multipart_form_is_read():
 
 
 def test_receive_gives_the_body_once_and_then_the_clients_leaving():
-    looks = iter([False, True, True])
-    mine = request(is_gone=lambda: next(looks))
+    class Leaving:
+        """What was received from a client who leaves after the first look."""
+
+        looks = iter([False, True, True])
+
+        def __getattr__(self, name):
+            return next(self.looks) if name == "is_gone" else getattr(request()._received, name)
+
+    mine = HTTPRequest(Leaving())
 
     async def read():
         return [await mine.receive(), await mine.receive()], await mine.is_disconnected()

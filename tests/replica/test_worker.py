@@ -32,16 +32,20 @@ class PlainOnLoop(PlainThread):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queued: list[Callable[[], None]] = []
+        self.queued: list[Any] = []
         self.put = self._put  # type: ignore[method-assign]
 
-    def _put(self, work: Callable[[], None] | None) -> None:
-        assert work is not None
+    def _put(self, work: Any) -> None:
         self.queued.append(work)
         asyncio.get_running_loop().call_soon(self._next)
 
     def _next(self) -> None:
-        self.queued.pop(0)()
+        work = self.queued.pop(0)
+        if type(work) is tuple:
+            assert self._call is not None
+            self._call(*work)
+        else:
+            work()
 
 
 class RouterEnd(Link):
@@ -61,7 +65,8 @@ class RouterEnd(Link):
         meta = msgspec.msgpack.encode([f"id{slot}", "e", None, [], "127.0.0.1", 1, ["h", 80, "http"], method])
         flags = framing.HEAD if method else 0
         arg = len(HEAD) << 32 | ms
-        self.send(pack(len(meta) + len(HEAD) + len(body), framing.CALL, flags, len(meta), slot, arg) + meta + HEAD + body)
+        payload = meta + HEAD + body
+        self.send(pack(len(payload), framing.CALL, flags, len(meta), slot, arg) + payload)
 
     def value(self, slot: int, data: Any, **kwargs: Any) -> None:
         meta = msgspec.msgpack.encode([f"id{slot}", "e", None, None, None, bool(kwargs)])
@@ -150,9 +155,8 @@ async def slow_echo(request: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL")
-    yield
 
 
 @served(echo)
@@ -205,7 +209,12 @@ class Raises:
 @served(Raises)
 async def test_whatever_a_handler_raises_is_its_own_request_s_500(rig: Rig) -> None:
     link = await rig.link()
-    names = {b"value": b"ValueError", b"exit": b"SystemExit", b"interrupt": b"KeyboardInterrupt", b"stop": b"StopIteration"}
+    names = {
+        b"value": b"ValueError",
+        b"exit": b"SystemExit",
+        b"interrupt": b"KeyboardInterrupt",
+        b"stop": b"StopIteration",
+    }
     for slot, (body, name) in enumerate(names.items()):
         link.http(slot, body)
         assert await link.end(slot) == (framing.ERROR, 500, name + b": on purpose")

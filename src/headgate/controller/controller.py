@@ -70,6 +70,7 @@ class Controller:
         self.leaving = False
         self._actions = Actions(engine, store, self.fleet)
         self.adopting = True
+        self._looked = False  # what runs is known
         self._unsaid: set[str] = set()  # found running, and has not said how it is
         self._routers_unknown = incarnation > 1
         self._early: list[Event] = []  # of processes whose start has not been answered yet
@@ -87,14 +88,8 @@ class Controller:
 
     async def open(self) -> None:
         """Load the goals and take over what runs; the first tick follows when all of it has reported."""
-        try:
-            if self.incarnation == 1:
-                self.store.begin()
-            self.goals = self.store.load()
-        except StoreError as error:
-            self.lost = error
-            log.error("%s", error)
         await self.engine.open(self.on_event)
+        self._load(is_empty=not any(process.kind == "replica" for process in self.engine.observe()))
         for process in self.engine.observe():
             self._unsaid.add(process.id)
             if process.kind == "proxy":
@@ -103,6 +98,7 @@ class Controller:
                 self.fleet.adopt(
                     process.id, process.backend, process.version, process.pid, process.node, self.loop.time()
                 )
+        self._looked = True
         if self._routers_unknown:
             self.loop.call_later(UNKNOWN_ROUTERS_S, self._routers_known)
         if self._unsaid:
@@ -110,10 +106,19 @@ class Controller:
         else:
             self._adopted()
 
+    def _load(self, *, is_empty: bool) -> None:
+        try:
+            if is_empty and self.store.is_new():
+                self.store.begin()
+            self.goals = self.store.load()
+        except StoreError as error:
+            self.lost = error
+            log.error("%s", error)
+
     def said_hello(self, id: str) -> None:
         """A process that may have been found running has connected."""
         self._unsaid.discard(id)
-        if not self._unsaid:
+        if self._looked and not self._unsaid:
             self._adopted()
 
     def _adopted(self) -> None:
@@ -140,7 +145,9 @@ class Controller:
         goals = new(self.goals)
         if goals != self.goals:
             self.store.save(goals)
-            self.goals = goals
+            before, self.goals = self.goals, goals
+            if goals.backends != before.backends:
+                self._collect_blobs()
         self.tick()
         return self.publisher.snapshot.version
 
@@ -311,7 +318,7 @@ class Controller:
         tag, version = setback.version
         log.warning("replica %s failed: %s", setback.id, setback.error)
         goal = next((one for one in self.goals.backends if (one.tag, one.version) == (tag, version)), None)
-        if (setback.first_steps or goal is None) and self.deployments.blame(setback.version, _text(setback)):
+        if (setback.first_steps or goal is None) and self.deployments.blame(setback.version, setback.text()):
             return
         if goal is not None and setback.config_version == goal.config_version:
             # It cannot take what the others have: only a new process can.
@@ -331,19 +338,6 @@ class Controller:
 
     def _proxy_silent(self, peer: PeerLike) -> None:
         self.kill(peer.id, "it does not follow snapshots")
-
-
-def _text(setback: Setback) -> str:
-    tag, _ = setback.version
-    if setback.config_version >= 0:
-        return (
-            f"backend {tag!r}: replica {setback.id} could not take the new user_config; the old one stays. "
-            f"It said:\n{setback.error}"
-        )
-    return (
-        f"backend {tag!r}: replica {setback.id} did not start, so nothing was changed; mend its code, its "
-        f"arguments or its resources and call again. It said:\n{setback.error}"
-    )
 
 
 def _log_failure(task: asyncio.Task[Any]) -> None:

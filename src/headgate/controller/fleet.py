@@ -47,6 +47,19 @@ class Setback(Struct, frozen=True):
     first_steps: bool
     config_version: int = -1
 
+    def text(self) -> str:
+        """For whoever asked for the change that it ended."""
+        tag, _ = self.version
+        if self.config_version >= 0:
+            return (
+                f"backend {tag!r}: replica {self.id} could not take the new user_config; the old one stays. "
+                f"It said:\n{self.error}"
+            )
+        return (
+            f"backend {tag!r}: replica {self.id} did not start, so nothing was changed; mend its code, its "
+            f"arguments or its resources and call again. It said:\n{self.error}"
+        )
+
 
 class _Notes:
     """What a replica does not say of itself."""

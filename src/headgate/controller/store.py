@@ -63,6 +63,10 @@ class Store:
 
     # --- goals ---
 
+    def is_new(self) -> bool:
+        """Whether nothing was ever stored here."""
+        return not any(name in (NEWEST, BEFORE) or _CORRUPT.fullmatch(name) for name in os.listdir(self._directory))
+
     def begin(self) -> None:
         """Store empty goals, once, when the instance is new; from then on `load` must find a record."""
         self._save(Goals(), sync=False)

@@ -24,6 +24,7 @@ from headgate.errors import InstanceError
 
 LOCK = "lock"
 TOKEN = "token"
+ADDRESS = "address"
 CONTROL = "control.sock"
 
 #: Room for the name of any socket in a run directory, with its slash.
@@ -157,6 +158,22 @@ def read_token(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise InstanceError(f"the instance in {path} is gone ({error.strerror}); start a new one") from None
+
+
+def write_address(path: str, address: str) -> None:
+    """Keep the URL of the instance's HTTP server in its run directory, for `connect`."""
+    fd = os.open(os.path.join(path, ADDRESS), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
+        file.write(address)
+
+
+def read_address(path: str) -> str | None:
+    """What `write_address` wrote; None for an instance without an HTTP server."""
+    try:
+        with open(os.path.join(path, ADDRESS), encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 
 def _lock(path: str, *, make: bool) -> int | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from headgate.core import framing
 from headgate.core.replies import (
@@ -31,6 +31,7 @@ from headgate.wire.replica_link import Caller
 
 if TYPE_CHECKING:
     from headgate.proxy.server import Server
+    from headgate.wire.link import Source
 
 _TOTAL = struct.Struct("<Q")
 _GRANT_BYTES = WINDOW_BYTES // 4
@@ -50,6 +51,7 @@ class Answering(Caller):
     method = "GET"
     http10 = False
     last = False  # the connection ends after this answer
+    lingers = False  # and the client may still be sending
     # its answer, if in parts
     started = False
     _chunked = False
@@ -75,10 +77,10 @@ class Answering(Caller):
 
     # --- what the router calls ---
 
-    def on_reply(self, arg: int, flags: int, meta_len: int, source: bytes, start: int, end: int) -> None:
+    def on_reply(self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
         if flags or arg & 0xFFFF != 200 or self.method == "HEAD" or end - start > _JOIN_BYTES:
             at = start + meta_len
-            block = source[start:at] if flags & framing.HEAD else None
+            block = bytes(source[start:at]) if flags & framing.HEAD else None
             self.whole(arg & 0xFFFF, arg >> 16, block, memoryview(source)[at:end])
             return
         if not self.closed:
@@ -89,7 +91,7 @@ class Answering(Caller):
             self.answered()
 
     def on_reply_start(
-        self, arg: int, flags: int, meta_len: int, source: bytes, start: int, end: int
+        self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int
     ) -> None:
         at = start + meta_len
         total = None
@@ -102,7 +104,7 @@ class Answering(Caller):
         if at < end:
             self.on_data(source, at, end)
 
-    def on_data(self, source: bytes, start: int, end: int) -> None:
+    def on_data(self, source: Source, start: int, end: int) -> None:
         self.part(memoryview(source)[start:end])
         self._owed += end - start
         if self._owed >= _GRANT_BYTES and not self.paused:
@@ -111,7 +113,7 @@ class Answering(Caller):
     def on_reply_end(self) -> None:
         self.finish()
 
-    def on_error(self, status: int, flags: int, meta_len: int, source: bytes, start: int, end: int) -> None:
+    def on_error(self, status: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
         at = start + meta_len
         block = bytes(source[start:at]) if flags & framing.HEAD else b""
         text = bytes(source[at:end]).decode("utf-8", "replace")
@@ -162,18 +164,9 @@ class Answering(Caller):
         """Begin an answer of `length` bytes, or of nobody knows how many. False: no part is wanted."""
         if self.closed:
             return False
-        if length is None and self.http10:
-            self.last = True
-        size = CHUNKED if length is None else length
-        try:
-            head = reply_head_with(
-                status, block, size, self.request_id, self.server.date, self.last, self.http10
-            )
-        except ConfigError as error:
+        if not self._begin(status, block, length):
             self.abandon()
-            self.answer(admin.error(500, str(error)))
             return False
-        self.transport.write(head)
         if not has_body(status, self.method):
             self.abandon()
             self.answered()
@@ -184,6 +177,26 @@ class Answering(Caller):
         self._owed = 0
         return True
 
+    def bare(self, status: int, block: bytes, length: int | None) -> None:
+        """Answer without a body, but with the head that it would have had."""
+        if not self.closed and self._begin(status, block, length):
+            self.answered()
+
+    def _begin(self, status: int, block: bytes, length: int | None) -> bool:
+        """Write a head; False if it cannot be, then 500 was answered."""
+        if length is None and self.http10:
+            self.last = True
+        size = CHUNKED if length is None else length
+        try:
+            head = reply_head_with(
+                status, block, size, self.request_id, self.server.date, self.last, self.http10
+            )
+        except ConfigError as error:
+            self.answer(admin.error(500, str(error)))
+            return False
+        self.transport.write(head)
+        return True
+
     def part(self, data: bytes | memoryview) -> None:
         """A part of the body."""
         if self.closed or not data:
@@ -192,7 +205,7 @@ class Answering(Caller):
             if len(data) > _JOIN_BYTES:
                 self.transport.writelines((b"%x\r\n" % len(data), data, b"\r\n"))
             else:
-                self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+                self.transport.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)))
             return
         if self._left >= 0:
             self._left -= len(data)
@@ -231,7 +244,3 @@ class Answering(Caller):
 def _content_type(kind: int) -> bytes:
     return b"content-type: %b\r\n" % CONTENT_TYPES[kind] if kind < OWN_HEADERS else b""
 
-
-def as_view(data: Any) -> memoryview:
-    """Bytes of any kind, to be cut without copying."""
-    return memoryview(data).cast("B")

@@ -14,9 +14,10 @@ from headgate.core.http11 import Limits, Reject
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"'
-_SIZE_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?+)*+"
-).fullmatch
+_EXTENSION = (
+    rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?+"
+)
+_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + _EXTENSION + rb")*+").fullmatch
 _TRAILER = re.compile(_TOKEN + rb":[\t -~\x80-\xff]*+").fullmatch
 _MAX_LINE_BYTES = 1024
 #: Bytes of framing a client may spend: 16 for each byte of its body, and so many more.

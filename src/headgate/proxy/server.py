@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from headgate.engine.boot import ChildBoot
     from headgate.proxy.asgi import Stack
+    from headgate.proxy.intake import Intake
 
 log = logging.getLogger("headgate.proxy")
 
@@ -106,11 +107,11 @@ class Server:
         self.count += 1
         return b"%b%011x" % (self.id_prefix, self.count)
 
-    def borrow(self, connection: Connection, size: int) -> Upload | None:
+    def borrow(self, owner: Intake, size: int) -> Upload | None:
         """Room in the arena for a body, if there is and it pays."""
         if self.lender is None or self.app is not None:
             return None
-        return self.lender.take(connection, size)
+        return self.lender.take(owner, size)
 
     def refusal(self, head: Head, raw: bytes, scheme: str, local: tuple[str, int]) -> admin.Local | None:
         """The proxy's own answer to a request; None if an endpoint serves it."""
@@ -120,7 +121,7 @@ class Server:
         if outcome[0] == "match":
             return None
         hosts = header_values(raw, b"host")
-        host = hosts[0].decode("latin-1") if hosts and hosts[0] else "%s:%d" % local
+        host = hosts[0].decode("latin-1") if hosts and hosts[0] else f"{local[0]}:{local[1]}"
         templates = self.table.templates
         return admin.unrouted(outcome, head.path, head.method, templates, f"{scheme}://{host}", head.query)
 

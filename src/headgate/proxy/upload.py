@@ -18,6 +18,7 @@ from headgate.wire.replica_link import Caller, ReplicaLink
 
 if TYPE_CHECKING:
     from headgate.proxy.answer import Answering
+    from headgate.wire.link import Source
 
 _PLACE = struct.Struct("<QQ")
 
@@ -35,18 +36,10 @@ class Upload(Caller):
         self.reader: ReplicaLink | None = None  # where the replica is that may still read it
         self._lender = lender
         self._owner = owner
-        self._link: ReplicaLink | None = None
 
-    @property
-    def link(self) -> ReplicaLink | None:  # type: ignore[override]
-        """The router's note of where the request is; each replica it is sent to becomes the reader."""
-        return self._link
-
-    @link.setter
-    def link(self, link: ReplicaLink | None) -> None:
-        self._link = link
-        if link is not None:
-            self.reader = link
+    def on_assigned(self) -> None:
+        if self.flags & framing.ARENA:
+            self.reader = self.link
 
     def end(self) -> None:
         """The request is over: answered, failed or given up."""
@@ -54,21 +47,21 @@ class Upload(Caller):
             self.over = True
             self._lender.settle(self)
 
-    def on_reply(self, arg: int, flags: int, meta_len: int, source: bytes, start: int, end: int) -> None:
+    def on_reply(self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
         self._owner.on_reply(arg, flags, meta_len, source, start, end)
 
     def on_reply_start(
-        self, arg: int, flags: int, meta_len: int, source: bytes, start: int, end: int
+        self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int
     ) -> None:
         self._owner.on_reply_start(arg, flags, meta_len, source, start, end)
 
-    def on_data(self, source: bytes, start: int, end: int) -> None:
+    def on_data(self, source: Source, start: int, end: int) -> None:
         self._owner.on_data(source, start, end)
 
     def on_reply_end(self) -> None:
         self._owner.on_reply_end()
 
-    def on_error(self, status: int, flags: int, meta_len: int, source: bytes, start: int, end: int) -> None:
+    def on_error(self, status: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
         self._owner.on_error(status, flags, meta_len, source, start, end)
 
     def on_failure(self, error: HeadgateError) -> None:
@@ -100,10 +93,10 @@ class Lender:
     def settle(self, upload: Upload) -> None:
         """Take the segment back if nobody uses it."""
         reader = upload.reader
-        if upload.over and (reader is None or reader.closed):
-            if self.uploads.pop(upload.offset, None) is not None:
-                upload.view.release()
-                self.arena.free(upload.offset)
+        if upload.over and (reader is None or reader.closed) and upload.offset in self.uploads:
+            del self.uploads[upload.offset]
+            upload.view.release()
+            self.arena.free(upload.offset)
 
     def sweep(self) -> None:
         """Take back what was lent to replicas that have gone."""

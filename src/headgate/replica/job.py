@@ -37,23 +37,9 @@ class Job:
     """A request that was accepted; `finish` of its link ends it."""
 
     __slots__ = (
-        "_meta",
-        "body_end",
-        "body_start",
-        "cancelled",
-        "deadline",
-        "flags",
-        "flow",
-        "head_end",
-        "link",
-        "meta_end",
-        "slot",
-        "source",
-        "start",
-        "task",
-        "timed_out",
-        "upload",
-        "uploaded",
+        "_meta", "body_end", "body_start", "cancelled", "deadline", "flags", "flow",
+        "head_end", "is_value", "link", "meta_end", "slot", "source", "start",
+        "task", "timed_out", "upload", "uploaded",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +48,7 @@ class Job:
         self.link = link
         self.slot = slot
         self.flags = flags
+        self.is_value = flags & framing.VALUE  # a handle called and wants a Python value; else an HTTP reply
         self.source = source
         self.start = start
         self.meta_end = start + meta_len
@@ -80,13 +67,8 @@ class Job:
     # --- what the caller sent ---
 
     @property
-    def is_value(self) -> bool:
-        """Whether a handle called, and a Python value is wanted; else an HTTP reply is."""
-        return bool(self.flags & framing.VALUE)
-
-    @property
     def meta(self) -> Any:
-        """The decoded meta; its fields depend on `is_value`, see `request`."""
+        """The decoded meta; which fields it has depends on `is_value`."""
         if self._meta is None:
             raw = bytes(self.source[self.start : self.meta_end])
             self._meta = _decode_value(raw) if self.is_value else _decode_http(raw)
@@ -105,6 +87,36 @@ class Job:
         return name
 
     @property
+    def head(self) -> bytes:
+        return bytes(self.source[self.meta_end : self.head_end])
+
+    @property
+    def template(self) -> str:
+        return self.meta[2] or ""
+
+    @property
+    def parameters(self) -> list[str]:
+        found: list[str] = self.meta[3]
+        return found
+
+    @property
+    def client(self) -> tuple[str, int]:
+        return self.meta[4], self.meta[5]
+
+    @property
+    def server(self) -> tuple[str, int]:
+        return self.meta[6][0], self.meta[6][1]
+
+    @property
+    def scheme(self) -> str:
+        return str(self.meta[6][2])
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the caller does not wait any more."""
+        return self.cancelled or self.link.closed
+
+    @property
     def body(self) -> bytes | memoryview:
         """The body; in the arena it is a view of memory that is freed with its last reference."""
         if self.upload is not None:
@@ -119,22 +131,8 @@ class Job:
 
     def request(self, is_async: bool) -> Any:
         """What the handler gets."""
-        if self.is_value:
-            return self._serve_request(is_async)
-        request_id, _, template, raw, host, port, server, _ = self.meta
-        return HTTPRequest(
-            bytes(self.source[self.meta_end : self.head_end]),
-            self.body,
-            template or "",
-            raw,
-            (host, port),
-            (server[0], server[1]),
-            server[2],
-            request_id,
-            self._is_gone,
-        )
-
-    def _serve_request(self, is_async: bool) -> Any:
+        if not self.is_value:
+            return HTTPRequest(self)
         request_id, _, _, http_method, headers, has_kwargs = self.meta
         data = payload.decode(self.body)
         kwargs: dict[str, Any] | None = None
@@ -145,9 +143,6 @@ class Job:
         kind = AsyncServeRequest if is_async else PlainServeRequest
         return kind(data, kwargs, headers, http_method or "GET", request_id)
 
-    def _is_gone(self) -> bool:
-        return self.cancelled or self.link.closed
-
     # --- whether it may run ---
 
     def refusal(self) -> bytes | None:
@@ -156,7 +151,7 @@ class Job:
             if self.timed_out:
                 return self.error(RequestTimeout("the request passed its deadline before it started"))
             return self.error(RequestCancelled("the caller had gone before the request started"))
-        if self.deadline < monotonic():
+        if self.deadline != math.inf and self.deadline < monotonic():
             return self.error(RequestTimeout("the request passed its deadline while it waited in the replica"))
         return None
 

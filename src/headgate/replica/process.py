@@ -105,7 +105,7 @@ class Replica:
 
     def run(self) -> None:
         """Be told what to run, run it, and serve until the process is stopped."""
-        self.instance.on_gone = self._gone
+        self.instance.when_gone(self._gone)
         self.instance.join(self._known, self._message)
         self.spec = self._inbox.get().spec
         set_replica_context(ReplicaContext(self.spec.backend, self.child.id))

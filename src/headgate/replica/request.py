@@ -13,11 +13,12 @@ What a handler returns is replica/response.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
+from msgspec import Struct
 from starlette.datastructures import Headers
 from starlette.requests import Request, empty_send
 
@@ -32,14 +33,51 @@ DISCONNECT_POLL_S = 0.05
 _route = lru_cache(maxsize=4096)(compile_route)
 
 
-class HTTPRequest(Request):
-    """A Starlette Request that is read lazily, and whose body is there already.
+class Received(Protocol):
+    """Where a request comes from: what a replica got over its link (job.py), or a copy of it.
 
     head        the request line and the header lines, as the proxy accepted them
     body        bytes, or a view of memory that is reused when the request is done
     template    the route that matched; "" if there are no path parameters
     parameters  the path parameters as they stand in the path
-    is_gone     whether the client has gone; None: it never goes
+    """
+
+    @property
+    def head(self) -> bytes: ...
+    @property
+    def body(self) -> bytes | memoryview: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def parameters(self) -> Sequence[str]: ...
+    @property
+    def client(self) -> Address: ...
+    @property
+    def server(self) -> Address: ...
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def is_gone(self) -> bool: ...
+
+
+class Copied(Struct, frozen=True):
+    """A request that has left its link behind: it pickles, and its client never goes."""
+
+    head: bytes
+    body: bytes | memoryview = b""
+    template: str = ""
+    parameters: Sequence[str] = ()
+    client: Address = None
+    server: Address = None
+    scheme: str = "http"
+    request_id: str = ""
+    is_gone: bool = False
+
+
+class HTTPRequest(Request):
+    """A Starlette Request that is read lazily, and whose body is there already.
 
     Beyond Starlette's: `data`, `view` and `request_id`. Pickles, body included, so that it can be
     passed to a handle.
@@ -49,35 +87,17 @@ class HTTPRequest(Request):
     _form = None
     _stream_consumed = False
     _is_disconnected = False
-    _send = staticmethod(empty_send)
+    _send = staticmethod(empty_send)  # type: ignore[assignment]
     _body_received = False
 
-    def __init__(
-        self,
-        head: bytes,
-        body: bytes | memoryview = b"",
-        template: str = "",
-        parameters: Sequence[str] = (),
-        client: Address = None,
-        server: Address = None,
-        scheme: str = "http",
-        request_id: str = "",
-        is_gone: Callable[[], bool] | None = None,
-    ) -> None:
-        self._head = head
-        self._raw_body = body
-        self._template = template
-        self._parameters = parameters
-        self._client = client
-        self._server = server
-        self._scheme = scheme
-        self._is_gone = is_gone
-        self.request_id = request_id
+    def __init__(self, received: Received) -> None:
+        self._received = received
 
     @cached_property
     def scope(self) -> dict[str, Any]:  # type: ignore[override]
         """The ASGI scope, as uvicorn would build it."""
-        first, _, rest = self._head.rstrip(b"\r\n").partition(b"\r\n")
+        received = self._received
+        first, _, rest = received.head.rstrip(b"\r\n").partition(b"\r\n")
         method, target, version = first.decode("latin-1").split(" ")
         raw_path, _, query = _origin_form(target.encode("latin-1")).partition(b"?")
         return {
@@ -85,21 +105,26 @@ class HTTPRequest(Request):
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": version[5:],
             "method": method,
-            "scheme": self._scheme,
+            "scheme": received.scheme,
             "path": unquote_to_bytes(raw_path).decode("utf-8", "replace"),
             "raw_path": raw_path,
             "query_string": query,
             "root_path": "",
             "headers": _header_list(rest),
-            "client": self._client,
-            "server": self._server,
+            "client": received.client,
+            "server": received.server,
             "path_params": self._path_params,
             "state": {},
         }
 
     @cached_property
     def _path_params(self) -> dict[str, Any]:
-        return convert(_route(self._template), self._parameters) if self._template else {}
+        received = self._received
+        return convert(_route(received.template), received.parameters) if received.template else {}
+
+    @cached_property
+    def _raw_body(self) -> bytes | memoryview:
+        return self._received.body
 
     @cached_property
     def _body(self) -> bytes:  # type: ignore[override]
@@ -108,8 +133,14 @@ class HTTPRequest(Request):
         return body
 
     @property
+    def request_id(self) -> str:
+        """The id that the request has in the logs and in X-Request-ID."""
+        return self._received.request_id
+
+    @property
     def method(self) -> str:
-        return self._head[: self._head.index(b" ")].decode("latin-1")
+        head = self._received.head
+        return head[: head.index(b" ")].decode("latin-1")
 
     @property
     def path_params(self) -> dict[str, Any]:
@@ -127,7 +158,7 @@ class HTTPRequest(Request):
 
     async def is_disconnected(self) -> bool:
         """Whether the client has gone (or closed its sending side)."""
-        return self._is_gone is not None and self._is_gone()
+        return self._received.is_gone
 
     async def _receive(self) -> dict[str, Any]:
         """The ASGI messages of this request: its body in one piece, then the client's leaving."""
@@ -139,9 +170,14 @@ class HTTPRequest(Request):
         return {"type": "http.disconnect"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        known = (self._head, self._body, self._template, tuple(self._parameters), self._client, self._server)
+        r = self._received
+        fields = (r.head, self._body, r.template, tuple(r.parameters), r.client, r.server, r.scheme, r.request_id)
         extra = {"_path_params": self._path_params} if "_path_params" in self.__dict__ else {}
-        return HTTPRequest, (*known, self._scheme, self.request_id), extra
+        return _copy, fields, extra
+
+
+def _copy(*fields: Any) -> HTTPRequest:
+    return HTTPRequest(Copied(*fields))
 
 
 def portable(request: Request) -> HTTPRequest:
@@ -161,7 +197,7 @@ def portable(request: Request) -> HTTPRequest:
     lines = [b"%b %b HTTP/%b" % (request.method.encode(), target, scope.get("http_version", "1.1").encode())]
     lines += [b"%b: %b" % header for header in scope["headers"]]
     client, server = scope.get("client"), scope.get("server")
-    copy = HTTPRequest(b"\r\n".join(lines), body, "", (), client, server, scope.get("scheme", "http"))
+    copy = _copy(b"\r\n".join(lines), body, "", (), client, server, scope.get("scheme", "http"))
     copy._path_params = dict(request.path_params)
     return copy
 

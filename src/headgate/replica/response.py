@@ -78,6 +78,11 @@ def encode(result: object) -> Reply | Stream | Asgi:
     return 200, JSON, None, encode_json(result)
 
 
+def runs_on_loop(result: object) -> bool:
+    """Whether `encode` may give something that a task on the loop has to run."""
+    return isinstance(result, Response | AsyncGenerator)
+
+
 def stream_kind(first: object) -> int:
     """The content-type code of a stream that begins with this item."""
     if isinstance(first, str):

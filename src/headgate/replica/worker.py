@@ -26,7 +26,7 @@ from headgate.replica.callable import LoadedCallable, Method, user_traceback
 from headgate.replica.job import Job
 from headgate.replica.links import CallerLink
 from headgate.replica.plain import PlainThread
-from headgate.replica.response import Asgi, Stream, check_batch_result, encode
+from headgate.replica.response import Asgi, Stream, check_batch_result, encode, runs_on_loop
 from headgate.replica.stream import BodyFlow, GeneratorFlow, TaskFlow
 from headgate.wire import payload
 
@@ -74,7 +74,7 @@ class Worker:
         self._background: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._drained_told = False
-        plain.connect(self._wake, self._finish)
+        plain.connect(self._run_plain, self._wake, self._finish)
 
     def _batcher(self) -> Batcher[Job]:
         return Batcher(self.settings.max_batch_size, self.settings.batch_wait_timeout_s)
@@ -120,9 +120,9 @@ class Worker:
             batches.add(job, monotonic(), method.name)
             self._batches_changed = True
         elif method.is_async:
-            job.task = self.start_task(self._run_async(job, method))
+            job.task = self._loop.create_task(self._run_async(job, method))
         else:
-            self.plain.put(partial(self._run_plain, job, method))
+            self.plain.put((job, method))
 
     def read_done(self) -> None:
         """Everything that one read brought has been taken."""
@@ -318,9 +318,10 @@ class Worker:
         """As `_outcome`, in the request's own task; None once a streamed answer is complete."""
         if job.is_value and isinstance(result, AsyncGenerator):
             return self._value(job, [item async for item in result])
-        if not job.is_value:
+        if not job.is_value and runs_on_loop(result):
             encoded = encode(result)
-            if isinstance(encoded, Asgi) or (isinstance(encoded, Stream) and encoded.is_async):
+            if not isinstance(encoded, tuple):
+                self._watch(job.task)
                 await self._run_flow(job, request, encoded)
                 return None
         return self._outcome(job, request, result)
@@ -368,9 +369,14 @@ class Worker:
     def start_task(self, coroutine: Any) -> asyncio.Task[None]:
         """Run a coroutine on the loop; a draining replica waits for it."""
         task: asyncio.Task[None] = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        self._watch(task)
         return task
+
+    def _watch(self, task: asyncio.Task[None] | None) -> None:
+        """Have a draining replica wait for a task that may outlast its request."""
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._task_done)
 
     def start_background(self, coroutine: Any) -> None:
         """Run a coroutine on the loop that a draining replica does not wait for."""

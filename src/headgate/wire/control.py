@@ -21,7 +21,7 @@ import msgspec
 from headgate import errors
 from headgate.core import framing
 from headgate.core.state import Snapshot
-from headgate.errors import HeadgateError, InstanceError, ProtocolError
+from headgate.errors import ArgumentError, InstanceError, ProtocolError
 from headgate.wire import messages
 from headgate.wire.handshake import accept, dial
 from headgate.wire.link import Frame, Link, open_link
@@ -29,6 +29,10 @@ from headgate.wire.link import Frame, Link, open_link
 log = logging.getLogger("headgate.control")
 
 RECONNECT_S = 0.02
+OVER = (
+    "the instance is over: it has already been shut down, or its processes were killed; "
+    "call headgate.start() for a new one"
+)
 _decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
 _encode = msgspec.msgpack.encode
 
@@ -255,11 +259,13 @@ class ControlClient:
         Raises what the controller raised, and InstanceError when the instance is over.
         """
         if self.gone:
-            raise _over()
+            raise InstanceError(OVER)
+        try:
+            packed = msgspec.Raw(_encode(params))
+        except (TypeError, OverflowError, UnicodeEncodeError) as error:
+            raise ArgumentError(f"{method}: an argument cannot be sent to the controller: {error}") from None
         self._count += 1
-        request = messages.Request(
-            self._count, f"{self._name}-{self._count}", method, msgspec.Raw(_encode(params))
-        )
+        request = messages.Request(self._count, f"{self._name}-{self._count}", method, packed)
         answer: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         self._calls[request.id] = request, answer
         try:
@@ -324,7 +330,7 @@ class ControlClient:
         self.gone = True
         for _, answer in self._calls.values():
             if not answer.done():
-                answer.set_exception(_over())
+                answer.set_exception(InstanceError(OVER))
         for _, waiter in self._snapshot_waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -338,10 +344,3 @@ class ControlClient:
             self._task.cancel()
         if self._link is not None:
             self._link.close()
-
-
-def _over() -> HeadgateError:
-    return InstanceError(
-        "the instance is over: it has already been shut down or its processes were killed; "
-        "call headgate.start() for a new one"
-    )

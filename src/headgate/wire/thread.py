@@ -17,11 +17,10 @@ T = TypeVar("T")
 
 
 class HeadgateThread:
-    """A daemon thread with an event loop and, once connected, a ControlClient."""
+    """A daemon thread with an event loop."""
 
     def __init__(self, name: str = "headgate") -> None:
         self.loop: asyncio.AbstractEventLoop
-        self.control: ControlClient
         self._started = threading.Event()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -32,23 +31,31 @@ class HeadgateThread:
 
     def start(self) -> None:
         """Start the loop; returns when it runs."""
+        self.loop = asyncio.SelectorEventLoop()
         self.thread.start()
         self._started.wait()
 
-    def connect(self, control: Callable[[], ControlClient]) -> ControlClient:
-        """Make the control client on this thread's loop and connect it. Raises InstanceError."""
+    def connect(self, control: Callable[[], ControlClient], timeout_s: float | None = None) -> ControlClient:
+        """Make the control client on this thread's loop and connect it. Raises InstanceError, TimeoutError."""
 
         async def make() -> ControlClient:
             client = control()
             await client.open()
             return client
 
-        self.control = self.run(make())
-        return self.control
+        return self.run(make(), timeout_s)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Run a coroutine on the thread and wait for its result. Not for the hot path."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
+        """Run a coroutine on the thread and wait for its result. Not for the hot path.
+
+        Raises TimeoutError; whoever stops waiting, by Ctrl-C too, cancels it.
+        """
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result(timeout_s)
+        except BaseException:
+            future.cancel()
+            raise
 
     def stop(self) -> None:
         """End the loop and the thread; idempotent. On the thread itself it ends after this turn."""
@@ -58,7 +65,7 @@ class HeadgateThread:
                 self.thread.join(2.0)
 
     def _run(self) -> None:
-        self.loop = loop = asyncio.SelectorEventLoop()
+        loop = self.loop
         asyncio.set_event_loop(loop)
         loop.call_soon(self._started.set)
         try:
