@@ -8,15 +8,17 @@ pass here: handle.py.
 from __future__ import annotations
 
 import os
-import signal
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from headgate import config as configs
-from headgate.errors import ArgumentError, ConfigError, InstanceError
-from headgate.launch import Ending, end_with_interpreter, launch
+from headgate import params
+from headgate.errors import ArgumentError, ConfigError, HeadgateError, InstanceError
+from headgate.launch import SHUTDOWN_S, Ending, launch
+from headgate.signals import Interrupts
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from headgate.status import Status
 
 _UNSET: Any = object()
+_GET = ["GET"]
 
 
 def start(
@@ -53,35 +56,21 @@ def start(
     """
     if engine not in (None, "local"):
         raise ConfigError(f'engine {engine!r} is not available in this version; use engine="local"')
-    if not isinstance(namespace, str) or not namespace:
-        raise ConfigError(f"namespace must be a non-empty str, got {namespace!r}")
+    params.text("namespace", namespace)
     options = _options(http_host, http_port, http_middlewares, http_options)
     launched = launch(options, namespace, detached)
-    from headgate import instance as instances  # heavy: imported while the supervisor starts
-
-    instance = None
+    ending = Ending(launched, detached)
     try:
-        instance = instances.Instance(launched.path, launched.token, f"driver-{os.getpid()}-{os.urandom(4).hex()}")
-        instance.join()
-        instance.call("wait_ready")
+        from headgate.instance import Instance  # heavy: imported while the supervisor starts
+
+        instance = Instance(launched.path, launched.token, f"driver-{os.getpid()}-{os.urandom(4).hex()}")
+        ending.join(instance)
     except BaseException as error:
-        _abandon(launched, instance)
-        if isinstance(error, InstanceError):
-            raise InstanceError(f"the instance did not start: {error}; see the log above") from None
+        ending.now(force=True)
+        if isinstance(error, HeadgateError):
+            raise InstanceError(f"the instance did not start: {error}") from None
         raise
-    ending = Ending(launched, instance, detached)
-    client = Client(instance, launched.address, ending)
-    client._finalizer = end_with_interpreter(client, ending, detached)
-    return client
-
-
-def _abandon(launched: Any, instance: Instance | None) -> None:
-    from headgate import instance as instances
-
-    if instance is None or not hasattr(instance, "control"):
-        instance = instances.Instance(launched.path, launched.token, "nobody")
-        instance.thread.start()
-    Ending(launched, instance, False).now(force=True)
+    return Client(instance, launched.address, ending)
 
 
 def _options(host: Any, port: Any, middlewares: Any, options: Any) -> configs.HTTPOptions:
@@ -103,30 +92,20 @@ def connect(namespace: str = "default") -> Client:
     instance that the backend belongs to. Raises InstanceError when there is none.
     """
     from headgate import instance as instances
-
-    own = instances.own()
-    if own is not None:
-        own.follow()
-        return Client(own, _address(own.directory), None)
     from headgate.engine import directory
 
-    path = directory.find(directory.base(), namespace)
-    if path is None:
-        raise InstanceError(
-            f"no detached instance of namespace {namespace!r} runs on this machine; "
-            f"start one with headgate.start(detached=True, namespace={namespace!r})"
-        )
-    instance = instances.join(path, directory.read_token(path))
+    params.text("namespace", namespace)
+    instance = instances.own()
+    if instance is None:
+        path = directory.find(directory.base(), namespace)
+        if path is None:
+            raise InstanceError(
+                f"no detached instance of namespace {namespace!r} runs on this machine; "
+                f"start one with headgate.start(detached=True, namespace={namespace!r})"
+            )
+        instance = instances.join(path, directory.read_token(path))
     instance.follow()
-    return Client(instance, _address(path), None)
-
-
-def _address(path: str) -> str | None:
-    try:
-        with open(os.path.join(path, "address")) as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
+    return Client(instance, directory.read_address(instance.directory), None)
 
 
 class Client:
@@ -135,12 +114,12 @@ class Client:
     http_address   "http://127.0.0.1:8000", or None without an HTTP server
     """
 
-    _finalizer: Any = None
-
     def __init__(self, instance: Instance, http_address: str | None, ending: Ending | None) -> None:
         self.http_address = http_address
         self._instance = instance
         self._ending = ending
+        if ending is not None:
+            ending.with_client(self)
 
     # --- backends ---
 
@@ -187,20 +166,21 @@ class Client:
     ) -> None:
         from headgate.replica import callable as code
 
-        self._check_alive()
-        _check_str("tag", tag)
+        self._instance.check()
+        params.text("tag", tag)
         given = configs.as_backend_config(config).given
-        options = configs.check_ray_actor_options(resources)
-        variables = configs.check_env(env)
+        resources = configs.check_ray_actor_options(resources)
+        num_gpus = resources.get("num_gpus")
+        variables = None if env is None else configs.check_env(env)
         blob, facts = code.pack(target, init_args)
-        self._call(
+        self._instance.call(
             method,
             tag=tag,
             code=blob,
             facts=facts,
             env=variables,
-            num_gpus=float(options.get("num_gpus") or 0),
-            **_config_params(given),
+            num_gpus=None if num_gpus is None else float(num_gpus),
+            **params.config(given),
         )
 
     def update_backend_config(self, tag: str, config: dict[str, Any] | configs.BackendConfig) -> None:
@@ -210,22 +190,27 @@ class Client:
         ConfigError (unknown tag, bad value) and BackendStartError (a replica did not start or
         reconfigure); then the old config is in force.
         """
-        self._check_alive()
-        _check_str("tag", tag)
+        self._instance.check()
+        params.text("tag", tag)
         if config is None:
             raise ArgumentError("config must be a dict or a BackendConfig, got None")
-        self._call("update_backend_config", tag=tag, **_config_params(configs.as_backend_config(config).given))
+        given = configs.as_backend_config(config).given
+        self._instance.call(
+            "update_backend_config", tag=tag, has_user_config="user_config" in given, **params.config(given)
+        )
 
     def get_backend_config(self, tag: str) -> configs.BackendConfig:
         """The config of a backend, every default resolved. Raises ConfigError if there is none of that tag."""
         known = self.list_backends()
         if tag not in known:
-            raise ConfigError(f"no backend {tag!r}; there are {', '.join(map(repr, known)) or 'none'}")
+            there_are = f"the backends are: {', '.join(map(repr, known))}" if known else "there are no backends yet"
+            raise ConfigError(f"there is no backend {tag!r}; {there_are}")
         return known[tag]
 
     def list_backends(self) -> dict[str, configs.BackendConfig]:
         """tag -> config, in the order of creation."""
-        return {tag: _backend_config(shown) for tag, shown in self._call("list_backends").items()}
+        shown = self._instance.call("list_backends")
+        return {tag: params.backend_config(each) for tag, each in shown.items()}
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """Stop serving a backend; returns when its replicas are gone and the tag is free.
@@ -234,14 +219,14 @@ class Client:
 
         Raises ConfigError while an endpoint's traffic or shadows name it. An unknown tag is no error.
         """
-        self._check_alive()
-        _check_str("tag", tag)
-        self._call("delete_backend", tag=tag, force=bool(force))
+        self._instance.check()
+        params.text("tag", tag)
+        self._instance.call("delete_backend", tag=tag, force=bool(force))
 
     # --- endpoints ---
 
     def create_endpoint(
-        self, name: str, *, backend: Any = _UNSET, route: str | None = None, methods: Sequence[str] = ("GET",)
+        self, name: str, *, backend: str = _UNSET, route: str | None = None, methods: list[str] = _GET
     ) -> None:
         """Open an entry to a backend; returns when every proxy routes it.
 
@@ -250,27 +235,29 @@ class Client:
 
         Raises ConfigError (unknown backend, bad or taken route, taken name) and ArgumentError.
         """
-        self._check_alive()
-        _check_str("endpoint name", name)
-        if backend is _UNSET or not isinstance(backend, str):
+        self._instance.check()
+        params.text("endpoint name", name)
+        if not isinstance(backend, str):
             given = "nothing" if backend is _UNSET else type(backend).__name__
-            raise ArgumentError(f"create_endpoint needs backend=<tag of a backend> as a str, got {given}")
-        if isinstance(methods, str | bytes) or not isinstance(methods, list | tuple | set | frozenset):
-            raise ArgumentError(f"methods must be a list of str, got {type(methods).__name__}")
-        if not all(isinstance(method, str) for method in methods):
-            raise ArgumentError(f"methods must be a list of str, got {methods!r}")
-        if route is not None and (not isinstance(route, str) or not route.startswith("/")):
-            raise ArgumentError(f'route must be a str that starts with "/", got {route!r}')
-        self._call("create_endpoint", name=name, backend=backend, route=route, methods=list(methods))
+            raise ArgumentError(f"endpoint {name!r}: backend must be the tag of a backend, a str, got {given}")
+        self._instance.call(
+            "create_endpoint",
+            name=name,
+            backend=backend,
+            route=params.route(name, route),
+            methods=params.methods(name, methods),
+        )
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """name -> {"route", "methods", "traffic", "shadows"}, in the order of creation."""
-        shown: dict[str, dict[str, Any]] = self._call("list_endpoints")
+        shown: dict[str, dict[str, Any]] = self._instance.call("list_endpoints")
         return shown
 
     def delete_endpoint(self, name: str) -> None:
         """Close an entry; its backends stay. An unknown name is no error."""
-        self._call("delete_endpoint", name=name)
+        self._instance.check()
+        params.text("endpoint name", name)
+        self._instance.call("delete_endpoint", name=name)
 
     def set_traffic(self, endpoint_name: str, traffic_policy_dictionary: Mapping[str, float]) -> None:
         """Split the requests of an endpoint over backends, each by its share; shadows stay.
@@ -280,12 +267,10 @@ class Client:
         Returns once every proxy and handle follows the new split. Requests that wait already keep
         their backend. Raises ConfigError; then the old split stays.
         """
-        self._check_alive()
-        if not isinstance(traffic_policy_dictionary, Mapping):
-            kind = type(traffic_policy_dictionary).__name__
-            raise ArgumentError(f"set_traffic needs a dict of backend tag -> share, got {kind}")
-        weights = {tag: _sendable(share) for tag, share in traffic_policy_dictionary.items()}
-        self._call("set_traffic", endpoint=endpoint_name, weights=weights)
+        self._instance.check()
+        params.text("endpoint name", endpoint_name)
+        weights = params.weights(traffic_policy_dictionary)
+        self._instance.call("set_traffic", endpoint=endpoint_name, weights=weights)
 
     def shadow_traffic(self, endpoint_name: str, backend_tag: str, proportion: float) -> None:
         """Send a share of an endpoint's requests to another backend too; its answers are ignored.
@@ -294,10 +279,11 @@ class Client:
 
         Raises ArgumentError (not a number in [0, 1]) and ConfigError (unknown endpoint or backend).
         """
-        self._check_alive()
-        self._call(
-            "shadow_traffic", endpoint=endpoint_name, tag=backend_tag, proportion=_sendable(proportion)
-        )
+        self._instance.check()
+        params.text("endpoint name", endpoint_name)
+        params.text("backend tag", backend_tag)
+        share = params.number(proportion)
+        self._instance.call("shadow_traffic", endpoint=endpoint_name, tag=backend_tag, proportion=share)
 
     def get_handle(
         self, endpoint_name: str, missing_ok: bool = False, sync: bool = True
@@ -311,8 +297,7 @@ class Client:
         """
         from headgate.handle import make_handle
 
-        self._check_alive()
-        self._instance.follow()
+        self._instance.check()
         return make_handle(self._instance, endpoint_name, missing_ok, sync)
 
     # --- the instance ---
@@ -323,7 +308,7 @@ class Client:
 
         from headgate.status import Status
 
-        return msgspec.convert(self._call("status"), Status)
+        return msgspec.convert(self._instance.call("status"), Status)
 
     def shutdown(self) -> None:
         """Finish what is in flight (up to 20 s), then end all processes and free port, sockets and files.
@@ -331,19 +316,15 @@ class Client:
         Idempotent. Any other call afterwards raises InstanceError.
         """
         if self._ending is not None:
-            if self._finalizer is not None:
-                self._finalizer.detach()
             self._ending.now()
         elif self._instance.usable:
             self._end_connected()
 
     def _end_connected(self) -> None:
         """Shut down an instance that this process did not start; returns when it is gone."""
-        import time
-
         from headgate.engine import directory
 
-        self._instance.call("shutdown")
+        self._instance.call("shutdown", timeout_s=SHUTDOWN_S)
         give_up = time.monotonic() + 5.0
         while directory.is_alive(self._instance.directory) and time.monotonic() < give_up:
             time.sleep(0.005)
@@ -355,14 +336,13 @@ class Client:
         A second signal while it drains ends everything at once. Raises InstanceError if the
         instance ends by itself.
         """
-        self._check_alive()
         wake = threading.Event()
-        self._instance.on_gone = wake.set
-        with _Signals(wake):
+        self._instance.when_gone(wake.set)
+        with Interrupts(wake.set):
+            self._instance.check()
             wake.wait()
-        if not self._instance.usable:
-            self._over()
-        with _Signals(None, self._force):
+        self._instance.check()
+        with Interrupts(self._force):
             self.shutdown()
 
     def _force(self) -> NoReturn:
@@ -386,78 +366,3 @@ class Client:
     def __repr__(self) -> str:
         state = self.http_address or "no HTTP" if self._instance.usable else "shut down"
         return f"<headgate.Client {state}>"
-
-    def _call(self, method: str, **params: Any) -> Any:
-        return self._instance.call(method, **params)
-
-    def _check_alive(self) -> None:
-        if not self._instance.usable:
-            self._over()
-
-    def _over(self) -> NoReturn:
-        raise InstanceError(
-            "this instance has already been shut down, or its processes were killed; "
-            "call headgate.start() for a new one"
-        )
-
-
-class _Signals:
-    """SIGINT and SIGTERM set an event, or call a function, inside a `with` block of the main thread."""
-
-    def __init__(self, wake: threading.Event | None, then: Callable[[], object] = lambda: None) -> None:
-        self._wake = wake
-        self._then = then
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self._wake is not None:
-            self._wake.set()
-        self._then()
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-
-def _check_str(what: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ArgumentError(f"{what} must be a str, got {type(value).__name__}")
-    if not value:
-        raise ConfigError(f"{what} must not be empty")
-
-
-def _config_params(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The config fields that were set, as parameters of a control call."""
-    fields = {name: value for name, value in given.items() if name != "user_config"}
-    fields.pop("graceful_shutdown_wait_loop_s", None)  # accepted for old programs, means nothing here
-    packed = None
-    if "user_config" in given:
-        import cloudpickle
-
-        packed = cloudpickle.dumps(given["user_config"], protocol=5)
-    return {"given": fields, "user_config": packed, "has_user_config": packed is not None}
-
-
-def _backend_config(shown: dict[str, Any]) -> configs.BackendConfig:
-    import pickle
-
-    settings = dict(shown["settings"])
-    settings["batch_wait_timeout"] = settings.pop("batch_wait_timeout_s")
-    if shown["user_config"] is not None:
-        settings["user_config"] = pickle.loads(shown["user_config"])
-    return configs.BackendConfig(**settings)
-
-
-def _sendable(value: object) -> Any:
-    """A number as msgpack carries it; anything else as text, which the controller refuses by its name."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    try:
-        return float(value)  # type: ignore[arg-type]  # numpy's numbers, fractions
-    except (TypeError, ValueError):
-        return repr(value)

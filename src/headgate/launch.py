@@ -173,12 +173,13 @@ class Ending:
         except TimeoutError:
             raise InstanceError(f"it was not ready after {START_S:g} s") from None
 
-    def with_client(self, client: object) -> weakref.finalize[Any, Any]:
+    def with_client(self, client: object) -> None:
         """From now on the instance ends when `client` is collected or the interpreter exits, by SIGTERM too."""
         if self._detached:
-            return weakref.finalize(client, self._launched.collect, 0.0)
-        self._catches_sigterm = catch_sigterm()
-        return weakref.finalize(client, self.now)
+            weakref.finalize(client, self._launched.collect, 0.0)
+        else:
+            self._catches_sigterm = catch_sigterm()
+            weakref.finalize(client, self.now)
 
     def now(self, *, force: bool = False) -> None:
         """Drain and end everything; `force` kills. Returns when all processes are gone."""

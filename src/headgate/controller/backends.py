@@ -37,7 +37,7 @@ class Code(Struct):
     given: dict[str, Any] = {}
     user_config: bytes | None = None
     env: dict[str, str] | None = None
-    num_gpus: float = 0.0
+    num_gpus: float | None = None
 
 
 class Config(Struct):
@@ -94,7 +94,7 @@ class Backends:
             user_config,
             old.config_version,
             old.env if new.env is None else tuple(sorted(new.env.items())),
-            new.num_gpus,
+            old.num_gpus if new.num_gpus is None else new.num_gpus,
             call,
         )
 

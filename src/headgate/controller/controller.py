@@ -302,12 +302,14 @@ class Controller:
         self.poke()
 
     def _on_report(self, id: str, report: messages.Report, now: float) -> None:
-        log.info("replica %s is %s", id, report.phase)
+        before = self.fleet.seen[id].phase
         try:
             self._set_back(self.fleet.reported(id, report, now))
         except ProtocolError as error:
             log.error("replica %s is killed: %s", id, error)
             self.engine.kill(id)
+        if self.fleet.seen[id].phase != before:
+            log.info("replica %s is %s", id, report.phase)
         if report.phase == "failed":
             self.engine.kill(id)
 

@@ -8,6 +8,7 @@ back-off, and whoever waits for the instance to be ready hears why.
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from msgspec import Struct
 
@@ -56,7 +57,7 @@ class Proxies:
         """A process is gone; whether it was a proxy."""
         if id not in self._running:
             return False
-        log.warning("proxy %s is gone: %s", id, cause)
+        log.log(logging.WARNING if self.wanted else logging.INFO, "proxy %s is gone: %s", id, cause)
         if self._running.pop(id) is None and self.wanted:
             self._failed(cause, now)
         del self._pids[id]
