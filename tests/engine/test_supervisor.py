@@ -131,6 +131,19 @@ def test_a_controller_that_exits_with_0_ends_the_instance(instance: Instance) ->
         dial(instance.port)
 
 
+def test_what_nobody_asked_for_runs_once_however_often_the_controller_is_replaced() -> None:
+    tiny = Instance(main="tiny:supervise_unasked")
+    try:
+        tiny.meet_controller()
+        [first] = tiny.children().values()
+        os.kill(controller_of(tiny), signal.SIGKILL)
+        tiny.meet_controller()
+        [second] = tiny.children().values()
+        assert (first.role, first.id, first.pid) == ("early", "early#0001", second.pid)
+    finally:
+        tiny.close()
+
+
 def test_a_controller_that_exits_otherwise_is_restarted(instance: Instance) -> None:
     instance.end_controller(7)
     assert instance.meet_controller()[0] == 2

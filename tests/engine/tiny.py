@@ -36,8 +36,14 @@ def supervise(boot_fd: int) -> None:
 
 
 def supervise_replicas(boot_fd: int) -> None:
-    """The tiny controller, and the replicas and proxies of the package."""
-    supervisor.main(boot.read(boot_fd), {**supervisor.ROLES, "controller": ROLES["controller"]})
+    """The tiny controller, and the replicas and proxies of the package; none that nobody asked for."""
+    proxy = supervisor.ROLES["proxy"]._replace(unasked=False)
+    supervisor.main(boot.read(boot_fd), {**supervisor.ROLES, "controller": ROLES["controller"], "proxy": proxy})
+
+
+def supervise_unasked(boot_fd: int) -> None:
+    """As `supervise`, with a role that nobody has to ask for."""
+    supervisor.main(boot.read(boot_fd), {**ROLES, "early": Role("tiny:sleeper", "tiny-early", unasked=True)})
 
 
 def controller(child: boot.ChildBoot) -> int:

@@ -28,12 +28,14 @@ class Role(NamedTuple):
               few milliseconds, because between two of them it answers what it is asked
     later     modules that the first one imports by itself, while the supervisor has other things to
               do, and that it finds imported when it is forked again
+    unasked   one is forked right after the first controller, which finds it there
     """
 
     target: str
     title: str
     preload: tuple[str, ...] = ()
     later: tuple[str, ...] = ()
+    unasked: bool = False
 
 
 def run(

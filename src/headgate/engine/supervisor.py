@@ -47,14 +47,15 @@ ROLES: Mapping[str, Role] = {
     "controller": Role(
         "headgate.processes:controller_main",
         "headgate-ctl",
-        # What all share. Its own modules the first controller imports while the proxy's are preloaded.
+        # What all share. Its own modules the first controller imports while the replicas' are preloaded.
         preload=("headgate.eventloop", "headgate.wire.control"),
         later=("headgate.engine.local", "headgate.controller.controller"),
     ),
     "proxy": Role(
         "headgate.processes:proxy_main",
         "headgate-proxy",
-        preload=("httptools", "headgate.router", "headgate.proxy.server"),
+        later=("httptools", "headgate.router", "headgate.proxy.server"),
+        unasked=True,  # it boots beside the controller: 40 ms earlier
     ),
     "replica": Role(
         "headgate.processes:replica_main",
@@ -198,6 +199,13 @@ class Supervisor:
             self._controller_ended(status=-1, lived_s=0.0)
         finally:
             theirs.close()
+        if self._incarnation == 1:
+            self._fork_unasked()
+
+    def _fork_unasked(self) -> None:
+        for name, role in self._roles.items():
+            if role.unasked and (name != "proxy" or self._boot.http_fd >= 0):
+                self._forked(asks.Fork(0, name, name))
 
     def _fork(self, id: str, role: str, name: str, note: bytes, ask: socket.socket | None = None) -> _Running:
         self._preload(role)

@@ -9,7 +9,6 @@ their own, the server's one sweep finds them.
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import TYPE_CHECKING, Any
 
 from headgate.core import http11
@@ -19,8 +18,6 @@ from headgate.proxy.intake import Intake, meta_tail
 
 if TYPE_CHECKING:
     from headgate.proxy.server import Server
-
-log = logging.getLogger("headgate.proxy")
 
 #: Beyond the states of core/http11.py. LINGER: the last answer is out, and what the client still sends is
 #: thrown away, so that it gets to read the answer (RFC 9112 §9.6). CLOSING: the rest is being written.
@@ -51,13 +48,6 @@ class Connection(Intake, asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.server.view if self._filling is None else self._filling
 
-    def buffer_updated(self, nbytes: int) -> None:
-        try:
-            self.received(nbytes)
-        except Exception:
-            log.exception("a connection failed")
-            self.abort()
-
     def eof_received(self) -> bool:
         self._leave()
         return False
@@ -83,9 +73,7 @@ class Connection(Intake, asyncio.BufferedProtocol):
         self.since = self.server.now
         self.body = b""
         self.deadline = _NEVER
-        self.tries = self.flags = 0
-        self.started = self.answering = self.ran_twice = False
-        if self._special is not None or self._held or self.exchange is not None or self.upload is not None:
+        if self._untidy or self.started or self.tries:
             self._clear()
         if self.last:
             self._end()
@@ -94,6 +82,8 @@ class Connection(Intake, asyncio.BufferedProtocol):
 
     def _clear(self) -> None:
         """Let go of what the request held."""
+        self.started = self.answering = self.ran_twice = self._untidy = False
+        self.tries = self.flags = 0
         self._special = self.exchange = self._incoming = self._filling = None
         self.server.budget.complete(self)
         self.server.budget.release(self._held)

@@ -13,7 +13,8 @@ Where a connection begins and ends, and its time-outs, is connection.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
 from msgspec.msgpack import encode
 
@@ -21,15 +22,19 @@ from headgate.core import framing, http11
 from headgate.core.http11 import BODY, IDLE, RUNNING, Head, Reject, check_head, check_start
 from headgate.core.replies import CONTINUE
 from headgate.proxy import fields
+from headgate.proxy.admin import PREFIX
 from headgate.proxy.answer import Answering
 from headgate.proxy.body import Collected, Placed
 from headgate.proxy.chunked import Chunked
 
 if TYPE_CHECKING:
+    from headgate.core.routes import RouteTable
     from headgate.core.state import Endpoint
     from headgate.proxy.asgi import Exchange
     from headgate.proxy.server import Server
     from headgate.proxy.upload import Upload
+
+log = logging.getLogger("headgate.proxy")
 
 #: How much a client may send ahead while its request runs.
 _AHEAD_BYTES = 64 * 1024
@@ -48,9 +53,16 @@ class Intake(Answering):
         self.exchange: Exchange | None = None  # the request, if it goes through middlewares
         self.client = self.local = ("", 0)
         self._tail = b""  # client and server, as a request's meta has them
+        # The newest head, and where it leads, so that the same one again is not judged twice.
+        self._known = b""  # empty if it has to be looked at closer each time
+        self._body_follows = False
+        self._table: RouteTable | None = None  # by which it was routed
+        self._target: Any = None
+        self._routed = b""  # endpoint, template and parameters, as a request's meta has them
         self._special: fields.Fields | None = None
         self._incoming: Collected | Placed | Chunked | None = None
         self._filling: memoryview | None = None
+        self._untidy = False  # the request holds more than its head and meta
         self._held = 0  # bytes of this body in the budget
         self._rest = b""  # received, not looked at
         self._busy = False  # inside _take, which goes on to the next request by itself
@@ -60,17 +72,25 @@ class Intake(Answering):
         """Answer what is no request, and end the connection."""
         raise NotImplementedError
 
-    # --- input ---
+    def abort(self) -> None:
+        """End the connection now."""
+        raise NotImplementedError
 
-    def received(self, nbytes: int) -> None:
+
+
+    def buffer_updated(self, nbytes: int) -> None:
         """So many bytes were received, where `get_buffer` said."""
-        if self._filling is not None:
-            self._fill(nbytes)
-            return
-        data = bytes(self.server.view[:nbytes])
-        if self._rest:
-            data, self._rest = self._rest + data, b""
-        self._take(data)
+        try:
+            if self._filling is not None:
+                self._fill(nbytes)
+                return
+            data = bytes(self.server.view[:nbytes])
+            if self._rest:
+                data, self._rest = self._rest + data, b""
+            self._take(data)
+        except Exception:
+            log.exception("a connection failed")
+            self.abort()
 
     def _take(self, data: bytes) -> None:
         """Look at what was received, until a request runs or more is needed."""
@@ -117,51 +137,65 @@ class Intake(Answering):
     def _take_head(self, data: bytes) -> bytes:
         """Begin the request whose head this starts with; what remains of the data."""
         server = self.server
-        if data[0] == 13 and data[:2] in (b"\r\n", b"\r"):  # RFC 9112 §2.2: an empty line before is ignored
-            if len(data) == 1:
-                return self._wait_for_head(data)
-            data = data[2:]
+        known = self._known
+        if known and data.startswith(known):  # the client asks the same again: it was judged before
+            end = len(known)
+        else:
+            if data.startswith(b"\r\n"):  # RFC 9112 §2.2: an empty line before a request is ignored
+                data = data[2:]
+            end = self._judge(data) if data else 0
+            if not end:
+                return b""
+        server.count = count = server.count + 1
+        self.request_id = b"%b%011x" % (server.id_prefix, count)
+        head = self.facts
+        assert head is not None
+        if head.special:
+            self._look_closer(self.head, head)
+        self.last = server.leaving or not head.keep_alive
+        if self._body_follows:
+            size = head.content_length
+            if not size or len(data) - end < size:
+                return self._begin_body(data[end:], head)
+            self.body = data[end : end + size]  # most bodies
+            end += size
+        self._dispatch(head)
+        return data[end:]
+
+    def _judge(self, data: bytes) -> int:
+        """Where the head ends that this starts with; 0 if it does not end yet, or was refused."""
         end = data.find(b"\r\n\r\n") + 4
+        server = self.server
         try:
             if end < 4:
-                return self._wait_for_head(data)
+                self._wait_for_head(data)
+                return 0
             raw = data[:end]
             head = check_head(raw, server.limits)
             server.second_opinion.check(raw, head)
         except Reject as reject:
             self.refuse(reject)
-            return b""
+            return 0
         self.method = head.method
         self.http10 = head.http10
-        self.last = server.leaving or not head.keep_alive
         self.head = raw
         self.facts = head
-        server.count = count = server.count + 1
-        self.request_id = b"%b%011x" % (server.id_prefix, count)
-        if head.special:
-            self._look_closer(raw, head)
-        size = head.content_length
-        if not size and not head.chunked:
-            self._dispatch(head)
-            return data[end:]
-        if size and len(data) - end >= size:  # most bodies
-            self.body = data[end : end + size]
-            self._dispatch(head)
-            return data[end + size :]
-        return self._begin_body(data[end:], head)
+        self._body_follows = head.chunked or head.content_length > 0
+        self._known = b"" if head.special else raw
+        self._table = None
+        return end
 
-    def _wait_for_head(self, data: bytes) -> bytes:
-        if data:
-            if data != b"\r":
-                check_start(data, self.server.limits)
-            self._rest = data
-            if self.state == IDLE:
-                self.state, self.since = http11.HEAD, self.server.now
-        return b""
+    def _wait_for_head(self, data: bytes) -> None:
+        if data != b"\r":
+            check_start(data, self.server.limits)
+        self._rest = data
+        if self.state == IDLE:
+            self.state, self.since = http11.HEAD, self.server.now
 
     def _look_closer(self, raw: bytes, head: Head) -> None:
         absolute = not raw.startswith((b"/", b"*"), len(head.method) + 1)
         is_trusted = self.server.is_trusted
+        self._untidy = True
         self._special = special = fields.read(raw, absolute, is_trusted(self.client[0]), is_trusted)
         self.head = special.head
         if special.request_id is not None:
@@ -177,6 +211,7 @@ class Intake(Answering):
             self.answer(refusal)
             return b""
         self.state, self.since = BODY, server.now
+        self._untidy = True
         if head.expect_continue and not data:
             self.transport.write(CONTINUE)
         if head.chunked:
@@ -234,40 +269,48 @@ class Intake(Answering):
         """The request is complete: send it on its way."""
         self.state = RUNNING
         server = self.server
-        if server.app is not None:
-            self.exchange = server.app.serve(self, head)
+        if self._table is not server.table and not self._route(head):
             return
-        path = head.path
-        outcome = server.table.match(path, head.method)
-        if outcome[0] != "match" or path.startswith("/-/"):
-            refusal = server.refusal(head, self.head, self.scheme, self.local)
-            assert refusal is not None
-            self.answer(refusal)
-            return
-        target = server.targets[outcome[1]]
-        if outcome[2]:
-            route = target.route + encode(outcome[2])
-        else:
-            route = target.route_alone
         special = self._special
         if special is None:
-            self.meta = b"\x98\xb4%b%b%b" % (self.request_id, route, self._tail)
+            self.meta = b"\x98\xb4%b%b%b" % (self.request_id, self._routed, self._tail)
+            key = None
         else:
             tail = meta_tail(self.origin, self.local, self.scheme, special.call_method)
             self.flags = framing.HEAD if special.call_method is not None else 0
-            self.meta = b"\x98%b%b%b" % (encode(self.request_id.decode()), route, tail)
+            self.meta = b"\x98%b%b%b" % (encode(self.request_id.decode()), self._routed, tail)
+            key = special.shard_key
         if self.upload is None:
-            server.router.submit(target.endpoint, self, special and special.shard_key)
+            server.router.submit(self._target, self, key)
         else:
-            self._submit_upload(self.upload, target.endpoint)
+            self._submit_upload(self.upload, self._target, key)
 
-    def _submit_upload(self, upload: Upload, endpoint: Endpoint) -> None:
+    def _route(self, head: Head) -> bool:
+        """Find the endpoint; False if none serves the request, or middlewares do it: then it is under way."""
+        server = self.server
+        if server.app is not None:
+            self._untidy = True
+            self.exchange = server.app.serve(self, head)
+            return False
+        outcome = server.table.match(head.path, head.method)
+        if outcome[0] != "match" or head.path.startswith(PREFIX):
+            refusal = server.refusal(head, self.head, self.scheme, self.local)
+            assert refusal is not None
+            self.answer(refusal)
+            return False
+        target = server.targets[outcome[1]]
+        self._target = target.endpoint
+        self._routed = target.route + encode(outcome[2]) if outcome[2] else target.route_alone
+        self._table = server.table
+        return True
+
+    def _submit_upload(self, upload: Upload, endpoint: Endpoint, key: str | None) -> None:
         upload.meta, upload.head = self.meta, self.head
         upload.flags |= self.flags
         if endpoint.traffic.shadows:  # several replicas would read it, and each say when it is done
             upload.body = bytes(upload.view)
             upload.flags &= ~framing.ARENA
-        self.server.router.submit(endpoint, upload, self._special and self._special.shard_key)
+        self.server.router.submit(endpoint, upload, key)
 
     def allow(self, count: int) -> None:
         (self.upload or self).grant(count)
