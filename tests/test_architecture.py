@@ -28,8 +28,8 @@ LAYERS = (
     ("wire",),
     ("engine", "router"),
     ("instance",),
-    ("calls",),
-    ("refs",),
+    ("calls", "background"),
+    ("lanes", "refs"),
     ("handle", "controller", "proxy", "replica", "params", "status"),
     ("launch",),
     ("api",),
@@ -50,7 +50,7 @@ PURE = {
 
 #: Third-party module -> the only files that may import it.
 HOMES = {
-    "httptools": {"proxy.server"},
+    "httptools": {"proxy.second_opinion"},
     "uvloop": {"eventloop"},
     "starlette": {"replica.request", "replica.response", "proxy.asgi"},
 }

@@ -32,6 +32,7 @@ from headgate.errors import (
     SerializationError,
 )
 from headgate.handle import AsyncServeHandle, ServeHandle, make_handle
+from headgate.lanes import _lanes
 from headgate.refs import ObjectRef
 
 
@@ -584,6 +585,21 @@ def test_what_is_unanswered_when_a_users_loop_ends_fails() -> None:
     ref = asyncio.run(main())
     with pytest.raises(InstanceError, match="loop"):
         ref.result(5)
+
+
+def test_a_loop_that_outlives_its_instances_keeps_none_of_them() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            instance = MemoryInstance(dict(HANDLERS))
+            assert await async_handle(instance, "echo").call(1) == 1
+            instance.leave()
+        await turns()
+        assert [key[0] for key in _lanes if key[1] is loop] == [instance]
+        assert len(asyncio.all_tasks()) == 2  # this one, and what waits for the end of the loop
+
+    virtual_time.run(main())
+    assert not [key for key in _lanes if key[1].is_closed()]
 
 
 # --- handles ---

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -121,7 +122,13 @@ def test_ports_are_found_with_their_owner(watch: Watch) -> None:
         watch.clean()
 
 
-def test_sockets_and_run_directories_are_found_and_removed(watch: Watch, run_dir: Path) -> None:
+def test_sockets_and_run_directories_are_found_and_removed() -> None:
+    with tempfile.TemporaryDirectory(prefix="hg-") as folder:
+        _check_run_directories(Path(folder))
+
+
+def _check_run_directories(run_dir: Path) -> None:
+    watch = Watch(MARKER, run_dir)
     instance = run_dir / "headgate" / "i1"
     instance.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as server:
@@ -135,10 +142,10 @@ def test_sockets_and_run_directories_are_found_and_removed(watch: Watch, run_dir
     assert not instance.exists()
 
 
-def test_the_empty_parent_of_run_directories_may_stay(watch: Watch, run_dir: Path) -> None:
-    (run_dir / "headgate").mkdir()
+def test_the_empty_parent_of_run_directories_may_stay(tmp_path: Path) -> None:
+    watch = Watch(MARKER, tmp_path)
+    (tmp_path / "headgate").mkdir()
     assert watch.leftovers(grace_s=0) == []
-    (run_dir / "headgate").rmdir()
 
 
 @pytest.mark.skipif(not os.access(leftovers.SHM, os.W_OK), reason="no /dev/shm to write to")

@@ -229,6 +229,37 @@ async def test_a_request_before_any_replica_waits_for_one(rig: Rig) -> None:
 
 
 @routed
+async def test_first_requests_wait_for_all_first_links_and_then_spread(rig: Rig) -> None:
+    replicas = [rig.replica(f"r{n}").echo() for n in range(3)]
+    endpoint = rig.publish({"b": replicas}, max_queued_requests=0)
+    callers = [Asked() for _ in range(6)]
+    for caller in callers:
+        rig.router.submit(endpoint, caller)
+    answers = [(await caller.result())[2] for caller in callers]
+    assert sorted(answers) == [b"r0:", b"r0:", b"r1:", b"r1:", b"r2:", b"r2:"]
+
+
+@routed
+async def test_a_first_replica_that_does_not_answer_holds_up_nobody_for_long(rig: Rig) -> None:
+    live, dead = rig.replica("r1").echo(), rig.replica("r2")
+    dead.close()
+    endpoint = rig.publish({"b": [live, dead]})
+    assert await rig.ask(endpoint, b"x") == ("reply", 200, b"r1:x")
+
+
+@routed
+async def test_a_request_cancelled_before_the_first_link_is_never_sent(rig: Rig) -> None:
+    replica = rig.replica("r1").echo()
+    endpoint = rig.publish({"b": [replica]})
+    gone, stays = Asked(b"gone"), Asked(b"stays")
+    rig.router.submit(endpoint, gone)
+    rig.router.submit(endpoint, stays)
+    rig.router.cancel(gone)
+    assert await stays.result() == ("reply", 200, b"r1:stays")
+    assert [body for _, _, body in replica.calls] == [b"stays"]
+
+
+@routed
 async def test_no_more_than_the_limit_is_sent_and_the_rest_waits_in_order(rig: Rig) -> None:
     replica = rig.replica("r1")
     endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=2)
@@ -515,3 +546,45 @@ async def test_a_broken_frame_closes_the_link_and_a_new_one_is_made(rig: Rig) ->
     assert await rig.ask(endpoint, b"again") == ("reply", 200, b"r1:again")
 
 
+
+
+@routed
+async def test_what_waits_for_a_deleted_backend_goes_where_its_endpoint_leads_now(rig: Rig) -> None:
+    endpoint = rig.publish({"old": []})
+    caller = Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    rig.publish({"new": [rig.replica("r1").echo()]})
+    assert await caller.result() == ("reply", 200, b"r1:x")
+
+
+@routed
+async def test_a_request_that_is_routed_anew_is_not_shadowed_twice(rig: Rig) -> None:
+    main, shadow = rig.replica("r1").echo(), rig.replica("r2").echo()
+    endpoint = rig.publish({"old": [], "b": [shadow]}, Traffic(weights=(("old", 1.0),), shadows=(("b", 1.0),)))
+    caller = Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    rig.publish({"new": [main], "b": [shadow]}, Traffic(weights=(("new", 1.0),), shadows=(("b", 1.0),)))
+    assert await caller.result() == ("reply", 200, b"r1:x")
+    await settle()
+    assert len(shadow.calls) == 1
+
+
+@routed
+async def test_a_shadow_that_waits_for_a_deleted_backend_is_dropped(rig: Rig) -> None:
+    main = rig.replica("r1").echo()
+    endpoint = rig.publish({"a": [main], "b": []}, Traffic(weights=(("a", 1.0),), shadows=(("b", 1.0),)))
+    assert await rig.ask(endpoint, b"x") == ("reply", 200, b"r1:x")
+    rig.publish({"a": [main]})
+    await settle()
+    assert len(main.calls) == 1
+
+
+@routed
+async def test_a_shadow_has_the_deadline_of_its_own_backend(rig: Rig) -> None:
+    main, shadow = rig.replica("r1").echo(), rig.replica("r2")
+    traffic = Traffic(weights=(("a", 1.0),), shadows=(("b", 1.0),))
+    endpoint = rig.publish({"a": [main], "b": [shadow]}, traffic, request_timeout_s=1.5)
+    assert await rig.ask(endpoint, b"x") == ("reply", 200, b"r1:x")
+    await asyncio.sleep(2.0)
+    assert [arg for kind, _, arg, _ in shadow.heard if kind == framing.CANCEL] == [1]
+    assert not rig.router.timed

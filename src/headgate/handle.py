@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from headgate import instance as instances
-from headgate.calls import ENDED, Call, Lane, Options, Target, lane_of, no_endpoint
+from headgate.calls import Call, Options, Target
 from headgate.engine.directory import read_token
 from headgate.errors import ArgumentError, ConfigError, InstanceError
+from headgate.lanes import ENDED, Lane, lane_of, no_endpoint
 from headgate.refs import ObjectRef, block_until, has_refs, submit_with_refs, wake
 
 if TYPE_CHECKING:
@@ -39,12 +40,29 @@ _H = TypeVar("_H", bound="_Handle")
 class _Reach:
     """The instance that a handle calls; after unpickling or a fork it is joined at the first use."""
 
-    __slots__ = ("_instance", "_lock", "directory")
+    __slots__ = ("_instance", "_lane", "_lock", "directory")
 
     def __init__(self, directory: str, instance: Instance | None = None) -> None:
         self.directory = directory
         self._instance = instance
+        self._lane: Lane | None = None  # the one used last
         self._lock = threading.Lock()
+
+    def lane_of_thread(self) -> Lane:
+        """The lane of the headgate thread, for a sync handle. InstanceError as `instance`."""
+        lane = self._lane
+        if lane is None or lane.closed or not lane.instance.usable:
+            instance = self.instance()
+            self._lane = lane = lane_of(instance, instance.thread.loop)
+        return lane
+
+    def lane_here(self) -> Lane:
+        """The lane of the running loop, for an async handle. InstanceError as `instance`."""
+        loop = asyncio.get_running_loop()
+        lane = self._lane
+        if lane is None or lane.loop is not loop or lane.closed or not lane.instance.usable:
+            self._lane = lane = lane_of(self.instance(), loop)
+        return lane
 
     def instance(self) -> Instance:
         """The instance. InstanceError if it was shut down or does not run."""
@@ -159,12 +177,11 @@ class ServeHandle(_Handle):
 
     def _start(self, data: Any, kwargs: dict[str, Any], early: bool) -> tuple[Call, bool]:
         """A call to be submitted; True: it is on its way already, since it waits for refs."""
-        instance = self._reach.instance()
-        call = Call(lane_of(instance, instance.thread.loop), self._target)
+        call = Call(self._reach.lane_of_thread(), self._target)
         if has_refs(data, kwargs):
             submit_with_refs(call, data, kwargs)
             return call, True
-        call.fill(_portable(data), kwargs)
+        call.fill(_portable(data) if _is_request(data) else data, kwargs)
         return call, False
 
 
@@ -175,9 +192,7 @@ class AsyncServeHandle(_Handle):
 
     async def remote(self, data: Any = None, /, **kwargs: Any) -> ObjectRef:
         """As ServeHandle.remote; await the ObjectRef for the answer."""
-        if _is_request(data):
-            await data.body()
-        call = self._start(data, kwargs)
+        call = self._start(await _with_body(data) if _is_request(data) else data, kwargs)
         if not (call.assigned or call.done):
             future = call.lane.loop.create_future()
             call.on_assignment = partial(wake, future)
@@ -192,12 +207,9 @@ class AsyncServeHandle(_Handle):
 
     async def call(self, data: Any = None, /, **kwargs: Any) -> Any:
         """Send a request and return its answer; as ServeHandle.call. Cancelling it cancels the request."""
-        if _is_request(data):
-            await data.body()
-        call = self._start(data, kwargs)
+        call = self._start(await _with_body(data) if _is_request(data) else data, kwargs)
         if not call.done:
-            future = call.lane.loop.create_future()
-            call.on_done(partial(wake, future))
+            call.future = future = call.lane.loop.create_future()
             try:
                 await future
             except asyncio.CancelledError:
@@ -206,16 +218,14 @@ class AsyncServeHandle(_Handle):
         return call.take()
 
     def _start(self, data: Any, kwargs: dict[str, Any]) -> Call:
-        call = Call(self._lane(), self._target)
+        lane = self._reach.lane_here()
+        call = Call(lane, self._target)
         if has_refs(data, kwargs):
             submit_with_refs(call, data, kwargs)
         else:
-            call.fill(_portable(data), kwargs)
-            call.lane.submit(call)
+            call.fill(data, kwargs)
+            lane.submit(call)
         return call
-
-    def _lane(self) -> Lane:
-        return lane_of(self._reach.instance(), asyncio.get_running_loop())
 
 
 def make_handle(
@@ -286,9 +296,12 @@ def _is_request(data: object) -> bool:
     return requests is not None and isinstance(data, requests.Request)
 
 
-def _portable(data: Any) -> Any:
-    if not _is_request(data):
-        return data
+async def _with_body(request: Any) -> Any:
+    await request.body()
+    return _portable(request)
+
+
+def _portable(request: Any) -> Any:
     from headgate.replica.request import portable
 
-    return portable(data)
+    return portable(request)

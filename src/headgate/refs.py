@@ -10,7 +10,6 @@ to block the loop that the answer has to come through: that raises instead.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
+from headgate.background import in_background
 from headgate.calls import Call
 from headgate.errors import (
     ArgumentError,
@@ -30,8 +30,6 @@ from headgate.errors import (
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-log = logging.getLogger("headgate.handle")
 
 
 class ObjectRef:
@@ -160,7 +158,8 @@ def wait(
     if sum(ref._call.done for ref in given) < num_returns:
         _block_until_some([ref._call for ref in given], num_returns, timeout)
     ready = [ref for ref in given if ref._call.done][:num_returns]
-    return ready, [ref for ref in given if ref not in ready]
+    chosen = set(ready)
+    return ready, [ref for ref in given if ref not in chosen]
 
 
 def _checked(refs: Any, caller: str) -> list[ObjectRef]:
@@ -292,31 +291,3 @@ def _fill_and_submit(call: Call, data: Any, kwargs: dict[str, Any]) -> None:
 
 def _value(argument: Any) -> Any:
     return argument._outcome() if isinstance(argument, ObjectRef) else argument
-
-
-# --- one thread for what must not run on an event loop ---
-
-_jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
-_worker: threading.Thread | None = None
-_worker_lock = threading.Lock()
-
-
-def in_background(job: Callable[[], object]) -> None:
-    """Run `job` on a thread that is nobody's loop: it may run code of the user's."""
-    global _worker
-    _jobs.put(job)
-    if _worker is None or not _worker.is_alive():  # not alive: this process was forked
-        with _worker_lock:
-            if _worker is None or not _worker.is_alive():
-                _worker = threading.Thread(target=_work, name="headgate-refs", daemon=True)
-                _worker.start()
-
-
-def _work() -> None:
-    while True:
-        job = _jobs.get()
-        try:
-            job()
-        except Exception:
-            log.exception("a call-back raised")
-        del job

@@ -85,14 +85,14 @@ class Router:
         """Send a request. Its answer, or its failure, comes through the caller's methods."""
         caller.gone = caller.answering = caller.ran_twice = False
         caller.tries = 0
+        if endpoint.traffic.shadows:  # first: once the caller is sent, it may be used for another request
+            self._shadow(endpoint, caller)
         self._choose(endpoint, caller, shard_key)
 
     def _choose(self, endpoint: Endpoint, caller: Caller, shard_key: str | None) -> None:
         policy = endpoint.traffic
         weights = policy.weights
         tag = weights[0][0] if len(weights) == 1 else traffic.choose(policy, self.chance(), shard_key)
-        if policy.shadows:
-            self._shadow(endpoint, caller)
         backend = self.backends.get(tag)
         if backend is None:
             caller.on_failure(EndpointNotFound(f"endpoint {endpoint.name!r} has no backend {tag!r} any more"))
@@ -120,6 +120,9 @@ class Router:
             if backend is not None:
                 copy = ShadowCaller(caller)
                 copy.endpoint = endpoint
+                timeout_s = backend.view.settings.request_timeout_s
+                if timeout_s is not None:
+                    self._set_deadline(copy, timeout_s)
                 backend.submit(copy)
 
     def _set_deadline(self, caller: Caller, timeout_s: float | None) -> None:
@@ -152,18 +155,19 @@ class Router:
         self.snapshot = snapshot
         self.endpoints = {endpoint.name: endpoint for endpoint in snapshot.endpoints}
         views = {view.tag: view for view in snapshot.backends}
-        for tag in [tag for tag in self.backends if tag not in views]:
-            self.backends.pop(tag).end()
+        deleted = [self.backends.pop(tag) for tag in list(self.backends) if tag not in views]
         for tag, view in views.items():
             if tag not in self.backends:
                 self.backends[tag] = BackendRoute(self, view)
             self.backends[tag].follow(view)
+        for backend in deleted:
+            backend.end()
         self._resubmit_stale()
 
     def hold(self, caller: Caller, version: int) -> None:
         """This process was fenced: route the request anew once snapshot `version` is here."""
         if version <= self.snapshot.version:
-            self._route_again(caller)
+            self.route_again(caller)
         else:
             self._stale.append((version, caller))
 
@@ -174,10 +178,12 @@ class Router:
                 continue
             self.hold(caller, version)
 
-    def _route_again(self, caller: Caller) -> None:
+    def route_again(self, caller: Caller) -> None:
+        """Send a request that has not started where its endpoint leads now; a shadow is dropped."""
         assert caller.endpoint is not None
         endpoint = self.endpoints.get(caller.endpoint.name)
-        if endpoint is None:
+        if endpoint is None or isinstance(caller, ShadowCaller):
+            self.timed.discard(caller)
             caller.on_failure(EndpointNotFound(f"endpoint {caller.endpoint.name!r} was deleted"))
         else:
             self._choose(endpoint, caller, caller.shard_key)
@@ -221,6 +227,8 @@ class BackendRoute:
         self.replicas = ReplicaSet(router.chance)
         self.links: dict[str, ReplicaLink] = {}
         self.addresses: dict[str, ReplicaAddress] = {}
+        self._cold: set[str] = set()  # the first replicas, until each was dialled once
+        self._early: list[Caller] = []  # came before that: sent then, spread over all, shed if too many
         self.completed = 0  # answers so far, for the drain rate
         self.retrying = 0
         self._rate_since = router.loop.time()
@@ -233,6 +241,9 @@ class BackendRoute:
     def submit(self, caller: Caller) -> None:
         """Send a request, or line it up, or shed it."""
         caller.backend = self
+        if self._cold:
+            self._early.append(caller)
+            return
         self._arrivals += 1
         caller.order = self._arrivals
         if not self.waiting:
@@ -254,12 +265,15 @@ class BackendRoute:
 
     def withdraw(self, caller: Caller) -> None:
         """The request does not wait any more."""
-        self.waiting.remove(caller)
+        if caller in self._early:
+            self._early.remove(caller)
+        else:
+            self.waiting.remove(caller)
 
     def again(self, caller: Caller) -> None:
         """The request goes back to the head of the line; the caller of this dispatches."""
         if self._ended:
-            self._orphan(caller)
+            self.router.route_again(caller)
         else:
             self.waiting.push_front(caller)
 
@@ -297,6 +311,10 @@ class BackendRoute:
         self.view = view
         was, self.addresses = self.addresses, {replica.id: replica for replica in view.replicas}
         self._configure()
+        if not self.links:
+            self._cold |= self.addresses.keys() - was.keys()
+        for gone in self._cold - self.addresses.keys():
+            self._dialled(gone)
         for replica in view.replicas:
             if replica.id not in was:
                 self.router.start_task(self._dial(replica))
@@ -311,13 +329,22 @@ class BackendRoute:
                 link = await open_replica_link(self.router, self, replica)
             except (OSError, ProtocolError) as error:
                 log.debug("replica %s does not answer yet: %s", replica.id, error)
+                self._dialled(replica.id)
                 await asyncio.sleep(_REDIAL_S)
                 continue
             self.links[replica.id] = link
             self._configure()
             self.replicas.resume(replica.id)
+            self._dialled(replica.id)
             self.dispatch()
             return
+
+    def _dialled(self, replica_id: str) -> None:
+        self._cold.discard(replica_id)
+        if not self._cold:
+            early, self._early = self._early, []
+            for caller in early:
+                self.submit(caller)
 
     def _configure(self) -> None:
         usable = [replica for replica in self.addresses if replica in self.links]
@@ -365,14 +392,14 @@ class BackendRoute:
         self._ended = True
         self.addresses = {}
         self._configure()
+        self._cold.clear()
+        early, self._early = self._early, []
+        for caller in early:
+            self.router.route_again(caller)
         while self.waiting:
-            self._orphan(self.waiting.pop())
+            self.router.route_again(self.waiting.pop())
         for link in list(self.links.values()):
             link.retire()
-
-    def _orphan(self, caller: Caller) -> None:
-        self.router.timed.discard(caller)
-        caller.on_failure(EndpointNotFound(f"backend {self.view.tag!r} was deleted while the request waited"))
 
 
 class ShadowCaller(Caller):

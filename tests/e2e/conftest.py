@@ -12,20 +12,20 @@ import headgate
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[headgate.Client]:
+def shared() -> Iterator[headgate.Client]:
     """An instance without HTTP, for all tests of the module."""
     with one_instance(http_options={"location": None}) as client:
         yield client
 
 
 @pytest.fixture
-def clean(client: headgate.Client) -> Iterator[headgate.Client]:
+def client(shared: headgate.Client) -> Iterator[headgate.Client]:
     """The module's instance; what the test creates in it is deleted afterwards."""
-    yield client
-    for name in client.list_endpoints():
-        client.delete_endpoint(name)
-    for tag in client.list_backends():
-        client.delete_backend(tag, force=True)
+    yield shared
+    for name in shared.list_endpoints():
+        shared.delete_endpoint(name)
+    for tag in shared.list_backends():
+        shared.delete_backend(tag, force=True)
 
 
 @pytest.fixture

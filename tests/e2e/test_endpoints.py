@@ -22,14 +22,14 @@ def two(request: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def backends(client: headgate.Client) -> headgate.Client:
+def backends(shared: headgate.Client) -> headgate.Client:
     """The module's instance with the backends "one" and "two"."""
     for function in (one, two):
-        client.create_backend(function.__name__, function)
-        client.create_endpoint("first", backend=function.__name__)
-        client.get_handle("first").call()  # this process is connected to the replica from now on
-        client.delete_endpoint("first")
-    return client
+        shared.create_backend(function.__name__, function)
+        shared.create_endpoint("first", backend=function.__name__)
+        shared.get_handle("first").call()  # this process is connected to the replica from now on
+        shared.delete_endpoint("first")
+    return shared
 
 
 @pytest.fixture

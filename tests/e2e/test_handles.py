@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import leftovers
 import pytest
 
 import headgate
@@ -138,7 +139,7 @@ def test_the_handler_gets_a_serve_request(client: headgate.Client) -> None:
     data = {"a": (1,)}
     assert plain.call(data, n=1.5) == (float, data, data, data, "PUT", "red", {}, True)
     assert serve(client, describe_later, name="later").call(data, n=1) == (data, data, {"n": 1})
-    with pytest.raises(TypeError, match="needs a dict.*list"):
+    with pytest.raises(TypeError, match=r"needs a dict.*list"):
         plain.call([1], n=1)
 
 
@@ -294,6 +295,17 @@ def test_remote_waits_while_every_replica_is_full(client: headgate.Client, tmp_p
     assert headgate.get([first, *sent], timeout=5) == [None, None]
 
 
+def test_the_first_calls_of_a_handle_find_every_replica(client: headgate.Client) -> None:
+    def pid(request: Any) -> int:
+        time.sleep(0.1)
+        return os.getpid()
+
+    serve(client, pid, num_replicas=3, max_queued_requests=0)
+    for _ in range(3):  # each with a router of its own, whose links are not there yet
+        pids = awaiting(client, "it", lambda handle: asyncio.gather(*(handle.call() for _ in range(3))))
+        assert len(set(pids)) == 3
+
+
 # --- options ---
 
 
@@ -420,6 +432,36 @@ def test_after_shutdown_a_handle_says_so(client: headgate.Client) -> None:
         handle.call(1)
     with pytest.raises(headgate.InstanceError, match="already been shut down"):
         asyncio.run(later.call(1))
+
+
+def test_no_call_outlives_its_instance(client: headgate.Client, tmp_path: Path) -> None:
+    def sleep(request: Any) -> None:
+        (tmp_path / "started").touch()
+        time.sleep(60)
+
+    handle = serve(client, sleep, max_concurrent_queries=1)
+    running = handle.remote()
+    until((tmp_path / "started").exists)
+    errors: list[Exception] = []
+
+    def wait_in_line() -> None:
+        try:
+            handle.call()
+        except headgate.HeadgateError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait_in_line)
+    thread.start()
+    thread.join(0.1)
+    children = [each for each in leftovers.processes() if each.parent == os.getpid()]
+    (supervisor,) = (each.pid for each in children if each.name == "headgate-super")
+    os.kill(supervisor, signal.SIGKILL)
+    with pytest.raises((headgate.ReplicaDied, headgate.InstanceError)):
+        running.result(10)
+    thread.join(10)
+    assert [type(each) for each in errors] == [headgate.InstanceError]
+    with pytest.raises(headgate.InstanceError):
+        handle.call()
 
 
 def test_a_handle_is_used_by_many_threads_and_loops(client: headgate.Client) -> None:
@@ -551,7 +593,9 @@ EXPECTED = ["ANSWER True ripe apple", "ERROR ('pear',)"]
 
 
 def lines(output: str) -> list[str]:
-    return [line for line in output.replace(">>> ", "").replace("... ", "").splitlines() if line[:5] in ("ANSWE", "ERROR")]
+    """What the program itself printed."""
+    plain = output.replace(">>> ", "").replace("... ", "").splitlines()
+    return [line for line in plain if line.startswith(("ANSWER", "ERROR"))]
 
 
 @pytest.mark.parametrize("how", ["file", "stdin", "-i", "-c"])
@@ -571,39 +615,47 @@ def test_classes_of_main_travel(how: str, tmp_path: Path) -> None:
     assert run.returncode == 0
 
 
+#: Runs each cell of a JSON list in a Jupyter kernel and prints what they print.
+NOTEBOOK = """
+import json, sys
+from jupyter_client.manager import start_new_kernel
+
+def show(message):
+    content = message["content"]
+    print(content.get("text") or "\\n".join(content.get("traceback", ())), end="")
+
+kernel, channel = start_new_kernel(kernel_name="python3")
+try:
+    for cell in json.load(sys.stdin):
+        channel.execute_interactive(cell, timeout=20, output_hook=show)
+finally:
+    channel.stop_channels()
+    kernel.shutdown_kernel()
+"""
+CELL = """
+later = client.get_handle("ripen", sync=False)
+fruits = await asyncio.gather(*(later.call(Fruit("plum")) for _ in range(3)))
+print("ANSWER", [fruit.name for fruit in fruits])
+ref = await later.remote(Fruit("fig"))
+try:
+    headgate.get(await later.remote(Fruit("kiwi")))
+except headgate.InstanceError:
+    print("ERROR", "await it")
+print("ANSWER", (await ref).name, handle.call(Fruit("fig")).name)
+client.shutdown()
+"""
+
+
 def test_handles_work_in_a_notebook() -> None:
-    manager = pytest.importorskip("jupyter_client.manager")
+    pytest.importorskip("jupyter_client")
     pytest.importorskip("ipykernel")
-    kernel, channel = manager.start_new_kernel(kernel_name="python3")
-    try:
-        output: list[str] = []
-
-        def run(code: str) -> None:
-            def note(message: Any) -> None:
-                content = message["content"]
-                output.append(content.get("text") or "\n".join(content.get("traceback", ())))
-
-            reply = channel.execute_interactive(textwrap.dedent(code), timeout=30, output_hook=note)
-            assert reply["content"]["status"] == "ok", output
-
-        run(PROGRAM)
-        run(
-            """
-            later = client.get_handle("ripen", sync=False)
-            fruits = await asyncio.gather(*(later.call(Fruit("plum")) for _ in range(3)))
-            print("ANSWER", [fruit.name for fruit in fruits])
-            ref = await later.remote(Fruit("fig"))
-            try:
-                headgate.get(ref)
-            except headgate.InstanceError:
-                pass
-            print("ANSWER", (await ref).name, handle.call(Fruit("fig")).name)
-            client.shutdown()
-            """
-        )
-        found = lines("".join(output))
-        assert found == [*EXPECTED, "ANSWER ['ripe plum', 'ripe plum', 'ripe plum']", "ANSWER ripe fig ripe fig"]
-    finally:
-        channel.stop_channels()
-        kernel.shutdown_kernel(now=True)
-        kernel.cleanup_resources()
+    run = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK],
+        input=json.dumps([PROGRAM, CELL]),
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert lines(run.stdout) == [
+        *EXPECTED, "ANSWER ['ripe plum', 'ripe plum', 'ripe plum']", "ERROR await it", "ANSWER ripe fig ripe fig",
+    ], run.stdout + run.stderr  # fmt: skip

@@ -518,3 +518,13 @@ async def test_a_body_in_pieces_is_put_together(rig: Rig) -> None:
     link.frame(framing.CREDIT, 0, 10**6)
     assert (await link.end(0))[0] == framing.END
     assert link.stream(0) == b"p" * 200_000
+
+
+@served(notes_cancel)
+async def test_a_cancel_that_comes_with_its_call_frees_the_slot_too(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(3)
+    link.frame(framing.CANCEL, 3)  # one read brings both: the handler's task has not begun
+    assert (await link.end(3))[:2] == (framing.ERROR, 499)
+    assert link.page[3] == 0
+    assert rig.worker.admission.held == 0

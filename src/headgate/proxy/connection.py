@@ -85,9 +85,7 @@ class Connection(Intake, asyncio.BufferedProtocol):
         self.started = self.answering = self.ran_twice = self._untidy = False
         self.tries = self.flags = 0
         self._special = self.exchange = self._incoming = self._filling = None
-        self.server.budget.complete(self)
-        self.server.budget.release(self._held)
-        self._held = 0
+        self.server.budget.release(self)
         if self.upload is not None:
             self.upload.end()
             self.upload = None

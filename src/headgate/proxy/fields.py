@@ -10,10 +10,13 @@ The head comes from core/http11.check_head, so its lines are what they seem.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 from headgate.core.http11 import header_values, rebuild, request_id
+
+log = logging.getLogger("headgate.proxy")
 
 _INTERNAL = (b"x-headgate-",)
 _FORWARDED = (b"x-forwarded-", b"forwarded")
@@ -51,19 +54,18 @@ def read(head: bytes, absolute: bool, trusted: bool, is_trusted: Callable[[str],
         drop = _FORWARDED
     if b"\r\nx-headgate-" in low:
         drop += _INTERNAL
-    found_id = header_values(head, b"x-request-id")
     return Fields(
         rebuild(head, drop, _ALLOWED) if drop or absolute else head,
-        request_id(found_id[0]) if found_id else None,
-        _text(header_values(head, b"x-serve-call-method")),
-        _text(header_values(head, b"x-serve-shard-key")),
+        request_id(header_values(head, b"x-request-id")[0]) if b"\r\nx-request-id:" in low else None,
+        _text(head, b"x-serve-call-method") if b"\r\nx-serve-call-method:" in low else None,
+        _text(head, b"x-serve-shard-key") if b"\r\nx-serve-shard-key:" in low else None,
         client,
         scheme,
     )
 
 
-def _text(values: list[bytes]) -> str | None:
-    return values[0].decode("utf-8", "replace") if values else None
+def _text(head: bytes, name: bytes) -> str:
+    return header_values(head, name)[0].decode("utf-8", "replace")
 
 
 def _client(values: list[bytes], is_trusted: Callable[[str], bool]) -> str | None:
@@ -94,11 +96,14 @@ def trust(allowed: str) -> Callable[[str], bool]:
         return names.__contains__
     import ipaddress  # 5 ms that only networks cost
 
-    networks = [ipaddress.ip_network(name, strict=False) for name in names if "/" in name]
+    networks = []
+    for name in names:
+        try:
+            networks.append(ipaddress.ip_network(name, strict=False))
+        except ValueError:
+            log.warning("forwarded_allow_ips: %r is neither an address nor a network; it trusts nobody", name)
 
     def is_trusted(address: str) -> bool:
-        if address in names:
-            return True
         try:
             parsed = ipaddress.ip_address(address)
         except ValueError:

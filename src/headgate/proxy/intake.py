@@ -38,6 +38,8 @@ log = logging.getLogger("headgate.proxy")
 
 #: How much a client may send ahead while its request runs.
 _AHEAD_BYTES = 64 * 1024
+#: A body of this size that comes with its head is not counted.
+_SMALL_BYTES = 16 * 1024
 _AHEAD, _BUDGET = 1, 2  # why reading is paused
 
 
@@ -63,7 +65,6 @@ class Intake(Answering):
         self._incoming: Collected | Placed | Chunked | None = None
         self._filling: memoryview | None = None
         self._untidy = False  # the request holds more than its head and meta
-        self._held = 0  # bytes of this body in the budget
         self._rest = b""  # received, not looked at
         self._busy = False  # inside _take, which goes on to the next request by itself
         self._unread = 0  # why reading is paused
@@ -159,6 +160,10 @@ class Intake(Answering):
                 return self._begin_body(data[end:], head)
             self.body = data[end : end + size]  # most bodies
             end += size
+            if size > _SMALL_BYTES:
+                self._untidy = True
+                server.budget.add(self, size)
+                server.budget.complete(self)
         self._dispatch(head)
         return data[end:]
 
@@ -245,7 +250,6 @@ class Intake(Answering):
         assert self.facts is not None
         self._filling = incoming.filling
         self.since = server.now
-        self._held += count
         server.budget.add(self, count)
         if incoming.done:
             self.body = incoming.body
@@ -276,7 +280,9 @@ class Intake(Answering):
             self.meta = b"\x98\xb4%b%b%b" % (self.request_id, self._routed, self._tail)
             key = None
         else:
-            tail = meta_tail(self.origin, self.local, self.scheme, special.call_method)
+            tail = self._tail
+            if special.client or special.scheme or special.call_method is not None:
+                tail = meta_tail(self.origin, self.local, self.scheme, special.call_method)
             self.flags = framing.HEAD if special.call_method is not None else 0
             self.meta = b"\x98%b%b%b" % (encode(self.request_id.decode()), self._routed, tail)
             key = special.shard_key

@@ -209,8 +209,8 @@ class Proxy:
         )
 
     def _tick(self) -> None:
-        self.server.sweep(self._loop.time(), time.time())
         self._loop.call_later(self.server.tick_s, self._tick)
+        self.server.sweep(self._loop.time(), time.time())
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
         self.server.follow(snapshot)

@@ -39,6 +39,7 @@ class CallerLink(Link):
         self.page = page
         self.jobs: dict[int, Job] = {}
         self._arena = arena
+        worker.links.add(self)
 
     def on_frames(self, frames: list[Frame]) -> None:
         for kind, flags, meta_len, slot, arg, source, start, end in frames:

@@ -37,6 +37,8 @@ Outcome = bytes | Callable[[], object]
 
 _ROOM = framing.HEADER.pack(0, framing.ROOM, 0, 0, 0, 1)
 _STUCK_EXIT = 70
+#: How often a drained replica looks whether its last answers have left it.
+_FLUSH_S = 0.002
 
 
 class Worker:
@@ -61,6 +63,7 @@ class Worker:
         self.admission: Admission[CallerLink] = Admission(settings.max_concurrent_queries)
         self.draining = False
         self.fenced: dict[str, int] = {}
+        self.links: set[CallerLink] = set()
         self._default = loaded.method()
         self._expose = expose
         self._on_drained = on_drained
@@ -94,6 +97,7 @@ class Worker:
 
     def lost(self, link: CallerLink) -> None:
         """A link has ended."""
+        self.links.discard(link)
         self.tell_room(self.admission.forget(link))
 
     def freed(self) -> None:
@@ -163,6 +167,8 @@ class Worker:
             job.flow.cancel()
         elif job.task is not None:
             job.task.cancel()
+            if not _has_begun(job.task):  # then nothing of it will ever run
+                job.link.finish(job, job.refusal() or b"")
         elif self._plain_batches.remove(job) or self._async_batches.remove(job):
             job.link.finish(job, job.refusal() or b"")
         elif job.timed_out:
@@ -417,6 +423,16 @@ class Worker:
         self._check_drained()
 
     def _check_drained(self) -> None:
-        if not self._drained_told and not self.admission.held and not self._tasks:
-            self._drained_told = True
-            self._on_drained()
+        if self._drained_told or self.admission.held or self._tasks:
+            return
+        if any(link.unsent for link in self.links):  # whoever is drained may be killed at once
+            self._loop.call_later(_FLUSH_S, self._check_drained)
+            return
+        self._drained_told = True
+        self._on_drained()
+
+
+def _has_begun(task: asyncio.Task[None]) -> bool:
+    """Whether a task has run its first step."""
+    coroutine: Any = task.get_coro()
+    return bool(coroutine.cr_suspended or coroutine.cr_running or coroutine.cr_frame is None)

@@ -11,7 +11,6 @@ Who holds a segment, and when it is free, is proxy/upload.py's business.
 from __future__ import annotations
 
 import mmap
-import os
 from bisect import bisect_left, insort
 
 from headgate.wire.slots import make_memory
@@ -106,9 +105,3 @@ class Arena:
         unused = self.segments.trim()
         if unused is not None:
             self._map.madvise(mmap.MADV_REMOVE, unused[0], unused[1] - unused[0])
-
-    def close(self) -> None:
-        """Unmap; replicas keep their own mappings."""
-        self.view.release()
-        self._map.close()
-        os.close(self.fd)

@@ -54,6 +54,13 @@ class Link(asyncio.BufferedProtocol):
         self._raw: socket.socket | None = None
         self._call_soon: Callable[..., object] | None = None
 
+    @property
+    def unsent(self) -> bool:
+        """Whether something sent is still in this process."""
+        if self.closed or self._transport is None:
+            return False
+        return bool(self._out) or self._transport.get_write_buffer_size() > 0
+
     # --- what a subclass fills in ---
 
     def on_frames(self, frames: list[Frame]) -> None:

@@ -1,0 +1,220 @@
+"""The way of calls to a router: one lane for each event loop that has one.
+
+A sync handle's calls come from any thread to the loop of the headgate thread; those that gather
+share one wake-up of it. An async handle's are on their loop already.
+
+A lane sees to it that every call ends: also one whose endpoint is not there yet, and those that
+are without an answer when the instance or the loop ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from headgate.calls import Call
+from headgate.errors import EndpointNotFound, InstanceError, RequestCancelled, RequestTimeout
+from headgate.instance import Instance
+from headgate.router import Router
+
+#: How long a call of a handle with missing_ok waits for its endpoint.
+MISSING_S = 5.0
+_POLL_S = 0.02  # how often it looks
+_SWEEP_S = 0.25  # how soon a call notices that its instance has ended
+
+ENDED = "this instance has already been shut down, or has ended; call headgate.start() for a new one"
+
+
+class Lane:
+    """The way from any thread to the router of one event loop. Made by `lane_of`."""
+
+    def __init__(self, instance: Instance, loop: asyncio.AbstractEventLoop) -> None:
+        self.instance = instance
+        self.loop = loop
+        self.pending: set[Call] = set()  # with the router, or waiting for an endpoint
+        self.closed = False
+        self._router: Router | None = None
+        self._arrived: deque[Call] = deque()
+        self._scheduled = False
+        self._missing: dict[Call, float] = {}  # -> when it gives up
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    # --- from any thread ---
+
+    def put(self, call: Call) -> None:
+        """Submit a call from any thread. InstanceError if the loop has ended."""
+        self._arrived.append(call)
+        if not self._scheduled:
+            self._scheduled = True
+            self.run(self._drain)
+
+    def cancel(self, call: Call) -> None:
+        """Nobody wants this call's answer any more; from any thread."""
+        try:
+            if asyncio._get_running_loop() is self.loop:
+                self._cancel(call)
+            else:
+                self.run(self._cancel, call)
+        except InstanceError as error:
+            call.on_failure(error)
+
+    def run(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call `function(*arguments)` on the loop; InstanceError if it has ended."""
+        try:
+            self.loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            raise InstanceError(
+                ENDED if self.closed or not self.instance.usable else "the event loop of this call is closed"
+            ) from None
+
+    # --- on the loop ---
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        arrived = self._arrived
+        while arrived:
+            self.submit(arrived.popleft())
+
+    def submit(self, call: Call) -> None:
+        """Give a call to the router. It fails as any other way: through the call."""
+        if call.done:
+            return
+        router = self._router
+        if router is None or router.closed:
+            router = self._open()
+            if router is None:
+                call.on_failure(InstanceError(ENDED))
+                return
+        snapshot = self.instance.snapshot
+        if router.snapshot is not snapshot:
+            router.follow(snapshot)
+        self.pending.add(call)
+        if self._sweeper is None:
+            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+        if call.expires is not None:
+            call.deadline = self.loop.time() + call.expires - monotonic()
+        endpoint = router.endpoints.get(call.target.endpoint)
+        if endpoint is None:
+            self._miss(call)
+            return
+        router.submit(endpoint, call, call.target.options.shard_key)
+
+    def expire(self, call: Call) -> None:
+        """Have a call that waits for its arguments end at its deadline."""
+        if call.expires is not None:
+            self.loop.call_later(max(0.0, call.expires - monotonic()), self._expire, call)
+
+    def _expire(self, call: Call) -> None:
+        if not call.done and call not in self.pending:  # else the router sees to it
+            call.on_failure(RequestTimeout("the request passed its deadline while it waited for its arguments"))
+
+    def _cancel(self, call: Call) -> None:
+        if call.done:
+            return
+        call.gone = True
+        self._missing.pop(call, None)
+        if self._router is not None and call.backend is not None:
+            self._router.cancel(call)
+        call.on_failure(RequestCancelled("the request was cancelled by its caller"))
+
+    # --- endpoints that are not there ---
+
+    def _miss(self, call: Call) -> None:
+        if not call.target.missing_ok:
+            call.on_failure(no_endpoint(self.instance, call.target.endpoint))
+            return
+        if not self._missing:
+            self.loop.call_later(_POLL_S, self._look)
+        self._missing[call] = min(self.loop.time() + MISSING_S, call.deadline)
+
+    def _look(self) -> None:
+        now = self.loop.time()
+        waiting, self._missing = self._missing, {}
+        for call, until in waiting.items():
+            if call.done:
+                continue
+            name = call.target.endpoint
+            if self.instance.endpoint(name) is not None:
+                self.submit(call)
+            elif now < until:
+                self._missing[call] = until
+            elif until == call.deadline:
+                call.on_failure(RequestTimeout(f"endpoint {name!r} was not there before the deadline"))
+            else:
+                call.on_failure(no_endpoint(self.instance, name, f" within {MISSING_S:g} s"))
+        if self._missing:
+            self.loop.call_later(_POLL_S, self._look)
+
+    # --- its end ---
+
+    def _open(self) -> Router | None:
+        if self.closed or not self.instance.usable:
+            return None
+        self._router = self.instance.router()
+        if self._keeper is None:
+            self._keeper = self.loop.create_task(self._keep())
+            self._keeper._log_destroy_pending = False  # type: ignore[attr-defined]  # a loop may just close
+        return self._router
+
+    async def _keep(self) -> None:
+        try:
+            await self.loop.create_future()
+        finally:  # asyncio.run, or the headgate thread, cancels all tasks at its end
+            self.end()
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        if not self.instance.usable or self._router is None or self._router.closed:
+            self._fail_all()
+        elif self.pending:
+            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+
+    def retire(self) -> None:
+        """Its instance or its loop has ended; from any thread."""
+        if self._keeper is not None and self.instance.pid == os.getpid() and not self.loop.is_closed():
+            self.run(self._keeper.cancel)
+
+    def end(self) -> None:
+        """The loop ends: nothing is answered any more."""
+        self.closed = True
+        _lanes.pop((self.instance, self.loop), None)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self.pending.update(self._arrived)
+        self._arrived.clear()
+        self._fail_all()
+
+    def _fail_all(self) -> None:
+        self._missing.clear()
+        error = InstanceError(
+            ENDED if not self.instance.usable else "the event loop of this call ended before its answer came"
+        )
+        for call in list(self.pending):
+            call.on_failure(error)
+
+
+_lanes: dict[tuple[Instance, asyncio.AbstractEventLoop], Lane] = {}
+_lanes_lock = threading.Lock()
+
+
+def lane_of(instance: Instance, loop: asyncio.AbstractEventLoop) -> Lane:
+    """The lane to `instance` by the router of `loop`."""
+    lane = _lanes.get((instance, loop))
+    if lane is not None:
+        return lane
+    with _lanes_lock:
+        for key in [key for key in _lanes if key[1].is_closed() or not key[0].usable]:
+            _lanes.pop(key).retire()
+        return _lanes.setdefault((instance, loop), Lane(instance, loop))
+
+
+def no_endpoint(instance: Instance, name: str, when: str = "") -> EndpointNotFound:
+    """The error that names the endpoints there are."""
+    known = ", ".join(repr(each.name) for each in instance.snapshot.endpoints) or "none"
+    return EndpointNotFound(f"there is no endpoint {name!r}{when}; known endpoints: {known}")
