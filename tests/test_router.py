@@ -588,3 +588,20 @@ async def test_a_shadow_has_the_deadline_of_its_own_backend(rig: Rig) -> None:
     await asyncio.sleep(2.0)
     assert [arg for kind, _, arg, _ in shadow.heard if kind == framing.CANCEL] == [1]
     assert not rig.router.timed
+
+
+@routed
+async def test_what_a_replica_refuses_waits_only_if_there_is_room_in_the_line(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=2, max_queued_requests=1)
+    await settle()
+    older, newer = Asked(b"1"), Asked(b"2")
+    rig.router.submit(endpoint, older)
+    rig.router.submit(endpoint, newer)
+    await until(lambda: len(replica.calls) == 2)
+    for link, slot, _ in list(replica.calls):
+        link.answer(framing.BUSY, slot)
+    assert isinstance(await newer.result(), BackendOverloaded)
+    replica.echo()
+    replica.links[0].answer(framing.ROOM, 0, 2)
+    assert await older.result() == ("reply", 200, b"r1:1")

@@ -102,7 +102,7 @@ class Instance:
         return not self.closed and not self.control.gone and self.pid == os.getpid()
 
     def when_gone(self, function: Callable[[], object]) -> None:
-        """Call `function` once the instance is over, on the headgate thread; again if it is over already."""
+        """Call `function` once the instance is over or was left, on any thread, perhaps more than once."""
         self._when_gone.append(function)
         if hasattr(self, "control") and self.control.gone:
             function()
@@ -180,6 +180,7 @@ class Instance:
             if _joined.get(self.directory) is self:
                 del _joined[self.directory]
         self._leave()
+        self._gone()
 
 
 def _hello(

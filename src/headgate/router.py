@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from headgate.core import traffic
+from headgate.core import framing, traffic
 from headgate.core.assignment import ReplicaSet, Waiting, assign
 from headgate.core.state import BackendView, Endpoint, ReplicaAddress, Snapshot
 from headgate.errors import (
@@ -109,12 +109,16 @@ class Router:
         self.timed.discard(caller)
         caller.gone = True
         caller.deadline = _NEVER
+        if self._stale:
+            self._stale = [held for held in self._stale if held[1] is not caller]
         if caller.link is not None:
             caller.link.abandon(caller, timed_out)
         elif caller.backend is not None:
             caller.backend.withdraw(caller)
 
     def _shadow(self, endpoint: Endpoint, caller: Caller) -> None:
+        if caller.flags & framing.ARENA:  # routed anew, to an endpoint that has gained a shadow: memory has one reader
+            return
         for tag in traffic.shadows(endpoint.traffic, self.chance):
             backend = self.backends.get(tag)
             if backend is not None:
@@ -174,8 +178,6 @@ class Router:
     def _resubmit_stale(self) -> None:
         stale, self._stale = self._stale, []
         for version, caller in stale:
-            if caller.gone:
-                continue
             self.hold(caller, version)
 
     def route_again(self, caller: Caller) -> None:
@@ -230,11 +232,11 @@ class BackendRoute:
         self._cold: set[str] = set()  # the first replicas, until each was dialled once
         self._early: list[Caller] = []  # came before that: sent then, spread over all, shed if too many
         self.completed = 0  # answers so far, for the drain rate
-        self.retrying = 0
         self._rate_since = router.loop.time()
         self._rate_from = 0
         self._arrivals = 0
         self._ended = False
+        self._lined = False  # whether anybody waits; asked twice per request
 
     # --- requests ---
 
@@ -246,22 +248,40 @@ class BackendRoute:
             return
         self._arrivals += 1
         caller.order = self._arrivals
-        if not self.waiting:
+        if not self._lined:
             slot = self.replicas.reserve()
             if slot is not None:
                 self.links[slot[0]].call(caller, slot[1])
                 return
+        limit = self._limit(caller)
+        if self.waiting.push(caller, limit):
+            self._lined = True
+        else:
+            self._shed(caller, limit)
+
+    def _limit(self, caller: Caller) -> int | None:
         limit = self.view.settings.max_queued_requests
         if limit is None:
             limit = self.router.queue_limit if not caller.unlimited else None
-        if not self.waiting.push(caller, limit):
-            self.router.timed.discard(caller)
-            caller.on_failure(self._overloaded(limit))
+        return limit
+
+    def _shed(self, caller: Caller, limit: int | None) -> None:
+        self.router.timed.discard(caller)
+        caller.on_failure(self._overloaded(limit))
+
+    def refused(self, caller: Caller) -> None:
+        """A replica was full: the request waits, or the newest that waits makes room for it."""
+        self.again(caller)
+        self.dispatch()
+        limit = self._limit(caller)
+        if limit is not None and len(self.waiting) > limit:
+            self._shed(self.waiting.pop_newest(), limit)
 
     def dispatch(self) -> None:
         """Send what waits to replicas that have room."""
         for caller, replica, want in assign(self.waiting, self.replicas):
             self.links[replica].call(caller, want)
+        self._lined = bool(self.waiting)
 
     def withdraw(self, caller: Caller) -> None:
         """The request does not wait any more."""
@@ -269,6 +289,7 @@ class BackendRoute:
             self._early.remove(caller)
         else:
             self.waiting.remove(caller)
+            self._lined = bool(self.waiting)
 
     def again(self, caller: Caller) -> None:
         """The request goes back to the head of the line; the caller of this dispatches."""
@@ -276,11 +297,12 @@ class BackendRoute:
             self.router.route_again(caller)
         else:
             self.waiting.push_front(caller)
+            self._lined = True
 
     def answered(self) -> None:
         """A slot is free again."""
         self.completed += 1
-        if self.waiting:
+        if self._lined:
             self.dispatch()
 
     def _overloaded(self, limit: int | None) -> HeadgateError:
@@ -372,8 +394,7 @@ class BackendRoute:
         if started:
             caller.ran_twice = True
         caller.tries += 1
-        budget = max(3, len(self.waiting) // 5)
-        if caller.tries >= MAX_TRIES or (len(self.waiting) and caller.tries > budget):
+        if caller.tries >= MAX_TRIES:
             self._died(caller, f"{caller.tries} times before it started the request", started=False)
         else:
             self.again(caller)

@@ -273,6 +273,7 @@ SCRIPT = """
 import headgate, os, sys, time
 def pid(request):
     return os.getpid()
+
 client = headgate.start(http_options={"location": None})
 client.create_backend("it", pid)
 client.create_endpoint("it", backend="it")
@@ -636,9 +637,8 @@ def test_status_says_what_is_waited_for_and_why(own: headgate.Client, tmp_path: 
 
     own.create_backend("it", Once, str(tmp_path / "was here"))
     os.kill(own.status().replicas[0].pid, signal.SIGKILL)
-    status = eventually(lambda: (found := own.status()).backends[0].trouble and found)
-    assert "only once" in eventually(lambda: own.status().backends[0].trouble)
-    assert any("it" in sentence for sentence in status.waiting)
+    status = eventually(lambda: "only once" in (found := own.status()).backends[0].trouble and found)
+    assert any("'it'" in sentence for sentence in status.waiting)
     os.unlink(tmp_path / "was here")
     eventually(lambda: own.status().waiting == ())
     assert own.status().backends[0].ready == 1

@@ -75,6 +75,10 @@ class Waiting(Generic[T]):
         """The oldest request; KeyError if none waits."""
         return self._returned.pop(0) if self._returned else self._queue.popitem(last=False)[1]
 
+    def pop_newest(self) -> T:
+        """The request that came last; KeyError if none waits."""
+        return self._returned.pop() if self._returned and not self._queue else self._queue.popitem()[1]
+
     def remove(self, item: T) -> bool:
         """Take out a request whose caller no longer waits; False if it is not here."""
         if self._queue.pop(item.order, None) is not None:

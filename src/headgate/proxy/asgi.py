@@ -25,7 +25,7 @@ from headgate.proxy.endpoints import EXCHANGE, Endpoints, Inner
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
 
-    from headgate.proxy.intake import Intake
+    from headgate.proxy.dispatch import Dispatching
     from headgate.proxy.server import Server
 
 log = logging.getLogger("headgate.proxy")
@@ -53,7 +53,7 @@ class Stack:
         self.app: App = app
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def serve(self, connection: Intake, head: Head) -> Exchange:
+    def serve(self, connection: Dispatching, head: Head) -> Exchange:
         """Run the applications for the request that `connection` has read."""
         exchange = Exchange(connection, bytes(connection.body))
         task = asyncio.get_running_loop().create_task(exchange.run(self.app, _scope(connection, head, exchange)))
@@ -62,7 +62,7 @@ class Stack:
         return exchange
 
 
-def _scope(connection: Intake, head: Head, exchange: Exchange) -> dict[str, Any]:
+def _scope(connection: Dispatching, head: Head, exchange: Exchange) -> dict[str, Any]:
     lines = connection.head[:-4].split(b"\r\n")[1:]
     fields = (line.partition(b":") for line in lines)
     return {
@@ -86,10 +86,10 @@ def _scope(connection: Intake, head: Head, exchange: Exchange) -> dict[str, Any]
 class Exchange:
     """One request's `receive` and `send`, and its answer on the connection."""
 
-    def __init__(self, connection: Intake, body: bytes) -> None:
+    def __init__(self, connection: Dispatching, body: bytes) -> None:
         self.request_id = connection.request_id
         self.caller: Inner | None = None  # the request at its endpoint
-        self._connection: Intake | None = connection
+        self._connection: Dispatching | None = connection
         self._body: bytes | None = body
         self._start: Message | None = None
         self._started = False
@@ -162,7 +162,7 @@ class Exchange:
             while self._connection is not None and self._connection.paused and not self._complete:
                 await self._wait()
 
-    def _part(self, connection: Intake, start: Message, body: bytes, more: bool) -> None:
+    def _part(self, connection: Dispatching, start: Message, body: bytes, more: bool) -> None:
         if not self._started:
             self._started = True
             block, length = _header_block(start.get("headers", ()))

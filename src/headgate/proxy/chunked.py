@@ -31,7 +31,7 @@ class Chunked:
 
     >>> chunked = Chunked(Limits())
     >>> chunked.take(b"3\\r\\nabc\\r\\n0\\r\\n\\r\\nGET"), bytes(chunked.body)
-    (15, b'abc')
+    (13, b'abc')
     >>> chunked.done
     True
     """

@@ -1,6 +1,7 @@
 """One HTTP connection from accept to close, and what happens between two requests.
 
-Requests come in by intake.py, answers go out by answer.py; this is the transport's side of both.
+Requests come in by intake.py and leave by dispatch.py, answers go out by answer.py; this is the
+transport's side of them.
 A connection ends after an answer that says so, when its client goes (the end of its stream counts,
 and whoever works on its request may stop), and when it is too slow: time-outs have no timers of
 their own, the server's one sweep finds them.
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from headgate.core import http11
 from headgate.core.http11 import BODY, IDLE, RUNNING, Reject
 from headgate.proxy import admin
-from headgate.proxy.intake import Intake, meta_tail
+from headgate.proxy.dispatch import meta_tail
+from headgate.proxy.intake import Intake
 
 if TYPE_CHECKING:
     from headgate.proxy.server import Server

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from headgate.engine.boot import ChildBoot
     from headgate.proxy.asgi import Stack
-    from headgate.proxy.intake import Intake
+    from headgate.proxy.dispatch import Dispatching
 
 log = logging.getLogger("headgate.proxy")
 
@@ -107,7 +107,7 @@ class Server:
         self.count += 1
         return b"%b%011x" % (self.id_prefix, self.count)
 
-    def borrow(self, owner: Intake, size: int) -> Upload | None:
+    def borrow(self, owner: Dispatching, size: int) -> Upload | None:
         """Room in the arena for a body, if there is and it pays."""
         if self.lender is None or self.app is not None:
             return None

@@ -41,6 +41,11 @@ class Upload(Caller):
         if self.flags & framing.ARENA:
             self.reader = self.link
 
+    def on_refused(self) -> None:
+        if self.reader is not None:
+            self.reader = None
+            self._lender.settle(self)
+
     def end(self) -> None:
         """The request is over: answered, failed or given up."""
         if not self.over:

@@ -37,9 +37,25 @@ class Job:
     """A request that was accepted; `finish` of its link ends it."""
 
     __slots__ = (
-        "_meta", "body_end", "body_start", "cancelled", "deadline", "flags", "flow",
-        "head_end", "is_value", "link", "meta_end", "slot", "source", "start",
-        "task", "timed_out", "upload", "uploaded",
+        "_meta",
+        "body_end",
+        "body_start",
+        "borrowed",
+        "cancelled",
+        "deadline",
+        "flags",
+        "flow",
+        "head_end",
+        "is_value",
+        "link",
+        "meta_end",
+        "slot",
+        "source",
+        "start",
+        "task",
+        "timed_out",
+        "upload",
+        "uploaded",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +78,7 @@ class Job:
         self.task: asyncio.Task[None] | None = None
         self.upload: bytearray | None = None  # a body that came in pieces
         self.uploaded = 0
+        self.borrowed = False  # memory of the router's, which is told when nothing refers to it
         self._meta: Any = None
 
     # --- what the caller sent ---
@@ -122,12 +139,19 @@ class Job:
         if self.upload is not None:
             return memoryview(self.upload)
         if self.flags & framing.ARENA:
-            offset, size = _ARENA.unpack_from(self.source, self.body_start)
+            offset, size = self.segment
+            self.borrowed = True
             return self.link.borrow(offset, size)
         source = self.source
         if type(source) is bytes:
             return source[self.body_start : self.body_end]
         return memoryview(source)[self.body_start : self.body_end]
+
+    @property
+    def segment(self) -> tuple[int, int]:
+        """Where in the arena the body lies: offset, size."""
+        offset, size = _ARENA.unpack_from(self.source, self.body_start)
+        return offset, size
 
     def request(self, is_async: bool) -> Any:
         """What the handler gets."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 import weakref
 from mmap import mmap
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ class CallerLink(Link):
         self.page = page
         self.jobs: dict[int, Job] = {}
         self._arena = arena
+        self._writing = threading.Lock()
         worker.links.add(self)
 
     def on_frames(self, frames: list[Frame]) -> None:
@@ -111,12 +113,39 @@ class CallerLink(Link):
             self.finish(job, job.refusal() or b"")
 
     def finish(self, job: Job, frame: bytes) -> None:
-        """Send a request's final frame and free what it held."""
-        if self.jobs.pop(job.slot, None) is not job:
-            return
-        if not self.closed:
+        """Send a request's final frame (empty: it was sent already) and free what it held. Once for each."""
+        if self.jobs.get(job.slot) is job:
+            del self.jobs[job.slot]
+        if frame and not self.closed:
             self.send(frame)
+        if job.flags & framing.ARENA and not job.borrowed:
+            self._send_free(job.segment[0])
         self.worker.freed()
+
+    def flush(self) -> None:
+        with self._writing:
+            super().flush()
+
+    def send_now(self, frame: bytes) -> bool:
+        """Write from another thread than the loop's, if nothing waits to be written; False if something does.
+
+        Spares an answer the loop's waking up. Nothing but the loop's `flush` writes otherwise, and
+        not while this does.
+        """
+        if self._raw is None or not self._writing.acquire(blocking=False):
+            return False
+        try:
+            if self.closed or self.unsent:
+                return False
+            sent = self._raw.send(frame)
+            if sent < len(frame):
+                self._out.insert(0, frame[sent:])
+                self.worker.from_any_thread(self.flush)
+            return True
+        except OSError:  # full, or gone
+            return False
+        finally:
+            self._writing.release()
 
     def borrow(self, offset: int, size: int) -> memoryview:
         """A read-only view of `size` bytes of the arena; the router is told when nothing refers to it."""

@@ -60,6 +60,11 @@ class PlainThread:
             else:
                 work()  # type: ignore[operator]
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued and nothing is on its way back."""
+        return not self._done and self._queue.empty()
+
     def stop(self) -> None:
         """Let `run` return after what is queued now."""
         self._queue.put(None)

@@ -87,7 +87,7 @@ class HTTPRequest(Request):
     _form = None
     _stream_consumed = False
     _is_disconnected = False
-    _send = staticmethod(empty_send)  # type: ignore[assignment]
+    _send = staticmethod(empty_send)
     _body_received = False
 
     def __init__(self, received: Received) -> None:

@@ -200,7 +200,13 @@ class Worker:
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
                 outcome = self.failure(job, error)
             self._running = None
+        if type(outcome) is bytes and self._is_alone() and job.link.send_now(outcome):
+            outcome = b""
         self.plain.done(job, outcome)
+
+    def _is_alone(self) -> bool:
+        """Nothing would be joined with this answer, and the router may use its slot before it is freed here."""
+        return self.plain.idle and self.admission.held < self.settings.max_concurrent_queries
 
     def _run_plain_batch(self, batch: list[Job], method: Method) -> None:
         jobs = self._still_wanted(batch)

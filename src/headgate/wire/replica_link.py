@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from headgate.core.state import Endpoint, ReplicaAddress
 
 _pack = framing.HEADER.pack
+_REPLY, _MORE, _CALL = framing.REPLY, framing.MORE, framing.CALL
 _TOTAL = struct.Struct("<Q")
 _NEVER = float("inf")
 _MAX_MS = 0xFFFFFFFF
@@ -55,6 +56,7 @@ class Line(Protocol):
 
     def dispatch(self) -> None: ...
     def again(self, caller: Caller) -> None: ...
+    def refused(self, caller: Caller) -> None: ...
     def answered(self) -> None: ...
     def lost(self, link: ReplicaLink) -> None: ...
     def recover(self, caller: Caller, started: bool) -> None: ...
@@ -110,6 +112,9 @@ class Caller:
     def on_failure(self, error: HeadgateError) -> None:
         """There is no answer, or no more of it."""
 
+    def on_refused(self) -> None:
+        """The replica it was sent to did not take it."""
+
     def grant(self, size: int) -> None:
         """Let the replica send `size` more bytes of a streamed answer."""
         if self.link is not None:
@@ -118,6 +123,12 @@ class Caller:
 
 class _Abandoned(Caller):
     """Holds a slot whose caller has gone; lets a streamed answer run dry."""
+
+    gone = True
+
+    def __init__(self, caller: Caller) -> None:
+        self.link, self.slot = caller.link, caller.slot
+        self.on_refused = caller.on_refused  # type: ignore[method-assign]
 
     def on_data(self, source: Source, start: int, end: int) -> None:
         self.grant(end - start)
@@ -138,6 +149,8 @@ class ReplicaLink(Link):
         self._pong_at = router.loop.time()
         self._silent = False
         self._retired = False
+        self._replica_id = replica.id
+        self._release_slot = backend.replicas.release
 
     # --- sending ---
 
@@ -147,19 +160,17 @@ class ReplicaLink(Link):
         self._pending[slot] = caller
         caller.link = self
         caller.slot = slot
-        head = caller.head
-        body = caller.body
-        meta = caller.meta
+        head, body, meta = caller.head, caller.body, caller.meta
         remaining = 0
         if caller.deadline != _NEVER:
             remaining = min(_MAX_MS, max(1, int((caller.deadline - self._router.loop.time()) * 1000)))
         arg = want << 48 | len(head) << 32 | remaining
-        flags = caller.flags
         size = len(meta) + len(head) + len(body)
-        if len(body) <= WHOLE_BYTES:
-            self.send(b"%b%b%b%b" % (_pack(size, framing.CALL, flags, len(meta), slot, arg), meta, head, body))
+        if size <= WHOLE_BYTES:
+            frame = _pack(size, _CALL, caller.flags, len(meta), slot, arg)
+            self.send(b"%b%b%b%b" % (frame, meta, head, body) if body else frame + meta + head)
         else:
-            self._upload(slot, flags, arg, meta, head, memoryview(body))
+            self._upload(slot, caller.flags, arg, meta, head, memoryview(body))
         caller.on_assigned()
 
     def _upload(self, slot: int, flags: int, arg: int, meta: bytes, head: bytes, body: memoryview) -> None:
@@ -190,8 +201,7 @@ class ReplicaLink(Link):
         slot = caller.slot
         if self._pending.get(slot) is not caller:
             return
-        stand_in = _Abandoned()
-        stand_in.link, stand_in.slot, stand_in.gone = self, slot, True
+        stand_in = _Abandoned(caller)
         self._pending[slot] = stand_in
         caller.link = None
         self._uploads = [upload for upload in self._uploads if upload[0] != slot]
@@ -212,12 +222,12 @@ class ReplicaLink(Link):
 
     def on_frames(self, frames: list[Frame]) -> None:
         pending = self._pending
+        backend = self._backend
         for kind, flags, meta_len, slot, arg, source, start, end in frames:
-            if kind == framing.REPLY and not flags & framing.MORE:
-                caller = self._finish(slot)
-                caller.on_reply(arg, flags, meta_len, source, start, end)
-                self._backend.answered()
-            elif kind == framing.REPLY:
+            if kind == _REPLY and not flags & _MORE:
+                self._finish(slot).on_reply(arg, flags, meta_len, source, start, end)
+                backend.answered()
+            elif kind == _REPLY:
                 caller = pending[slot]
                 caller.answering = True
                 caller.on_reply_start(arg, flags, meta_len, source, start, end)
@@ -242,14 +252,16 @@ class ReplicaLink(Link):
             self._pong()
         elif kind == framing.BUSY:
             backend.replicas.refuse(self.replica.id)
-            self._back(slot)
+            caller = self._returned(slot)
+            if not caller.gone:
+                backend.refused(caller)
         elif kind == framing.ROOM:
             self._room(arg)
         elif kind == framing.DRAINING:
             backend.replicas.release(self.replica.id)
             if not arg:
                 self._suspend()
-            self._back(slot, arg)
+            self._elsewhere(slot, arg)
         elif kind == framing.FREE:
             self._router.on_free(arg)
         else:
@@ -270,8 +282,10 @@ class ReplicaLink(Link):
             self.send(_pack(0, framing.ROOM, 0, 0, 0, grants))
 
     def _finish(self, slot: int) -> Caller:
-        caller = self._forget(slot)
-        self._backend.replicas.release(self.replica.id)
+        caller = self._pending.pop(slot)
+        self._page.free.append(slot)
+        caller.link = None
+        self._release_slot(self._replica_id)
         if caller.deadline != _NEVER:
             self._router.timed.discard(caller)
             caller.deadline = _NEVER
@@ -279,14 +293,20 @@ class ReplicaLink(Link):
 
     def _forget(self, slot: int) -> Caller:
         caller = self._pending.pop(slot)
-        self._page.give_back(slot)
+        self._page.free.append(slot)
         caller.link = None
         return caller
 
-    def _back(self, slot: int, version: int = 0) -> None:
-        """The replica did not take the request."""
+    def _returned(self, slot: int) -> Caller:
+        """The replica did not take the request in this slot."""
         caller = self._forget(slot)
         self._uploads = [upload for upload in self._uploads if upload[0] != slot]
+        caller.on_refused()
+        return caller
+
+    def _elsewhere(self, slot: int, version: int) -> None:
+        """The replica drains, or knows of a snapshot that this process lacks."""
+        caller = self._returned(slot)
         if not caller.gone:
             if version:
                 self._router.hold(caller, version)

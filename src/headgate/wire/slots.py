@@ -36,13 +36,16 @@ def map_memory(fd: int) -> mmap.mmap:
 
 
 class SlotPage:
-    """The router's side: hands out slots, lowest used memory first."""
+    """The router's side: hands out slots, those used last first.
+
+    free   where a slot goes back to once its request has had its last answer
+    """
 
     def __init__(self) -> None:
         fd = make_memory("headgate-slots", SLOTS)
         self.fd: int | None = fd
         self._map = mmap.mmap(fd, SLOTS)
-        self._free: list[int] = []
+        self.free: list[int] = []
         self._next = 0
 
     def passed(self) -> None:
@@ -53,18 +56,14 @@ class SlotPage:
 
     def take(self) -> int:
         """A free slot, marked "not started". Beyond SLOTS a slot has no byte and counts as started."""
-        if self._free:
-            slot = self._free.pop()
+        if self.free:
+            slot = self.free.pop()
         else:
             slot = self._next
             self._next += 1
         if slot < SLOTS:
             self._map[slot] = 0
         return slot
-
-    def give_back(self, slot: int) -> None:
-        """The request in this slot has had its last answer."""
-        self._free.append(slot)
 
     def started(self, slot: int) -> bool:
         """Whether user code may have begun to run for the request in `slot`."""
