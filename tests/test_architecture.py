@@ -33,6 +33,7 @@ LAYERS = (
     ("handle", "controller", "proxy", "replica", "params", "status"),
     ("launch",),
     ("api",),
+    ("starting",),
     ("processes",),
     ("__init__",),
 )

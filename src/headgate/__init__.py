@@ -19,13 +19,14 @@ if sys.platform != "linux":
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "headgate.api": ("Client", "connect", "start"),
+    "headgate.api": ("Client", "connect"),
     "headgate.config": ("BackendConfig", "DeploymentMode", "HTTPOptions", "accept_batch"),
     "headgate.refs": ("ObjectRef", "get", "wait"),
     "headgate.replica.context": (
         "ReplicaContext", "get_current_backend_tag", "get_current_replica_tag", "get_replica_context",
     ),
     "headgate.replica.request": ("ServeRequest",),
+    "headgate.starting": ("start",),
     "headgate.errors": (
         "ArgumentError", "BackendError", "BackendOverloaded", "BackendStartError", "ConfigError",
         "ControllerUnavailable", "EndpointNotFound", "HeadgateError", "InstanceError", "ProtocolError",
@@ -36,7 +37,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from headgate.api import Client, connect, start
+    from headgate.api import Client, connect
     from headgate.config import BackendConfig, DeploymentMode, HTTPOptions, accept_batch
     from headgate.errors import (
         ArgumentError,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         get_replica_context,
     )
     from headgate.replica.request import ServeRequest
+    from headgate.starting import start
 
 __all__ = [
     "ArgumentError",

@@ -1,4 +1,4 @@
-"""What a program calls: start or connect, and the Client that both return.
+"""What a program calls: connect, and the Client that it and starting.py return.
 
 A Client's methods change or show the instance's goals: each is one call of the controller, and
 when it returns, what it did is stored and in force in every proxy and handle. Requests do not
@@ -23,6 +23,7 @@ from headgate.signals import Interrupts
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from headgate.engine.ignition import Spark
     from headgate.handle import AsyncServeHandle, ServeHandle
     from headgate.instance import Instance
     from headgate.status import Status
@@ -31,34 +32,14 @@ _UNSET: Any = object()
 _GET = ["GET"]
 
 
-def start(
-    detached: bool = False,
-    http_host: Any = _UNSET,
-    http_port: Any = _UNSET,
-    http_middlewares: Any = _UNSET,
-    http_options: configs.HTTPOptions | Mapping[str, Any] | None = None,
-    *,
-    engine: str | None = None,
-    namespace: str = "default",
-    insecure: bool = False,
+def begin(
+    spark: Spark, http: Mapping[str, Any], options: Any, *, detached: bool, engine: Any, namespace: Any
 ) -> Client:
-    """Start an instance on this machine; returns when its proxy accepts requests.
-
-    detached       False: the instance ends with the client or this process. True: it lives until
-                   `client.shutdown()`; one per namespace, others reach it by `connect(namespace)`
-    http_options   an HTTPOptions or a dict of its fields; http_host, http_port and
-                   http_middlewares are the deprecated way to say the same
-    engine         "local" (the default): processes of this machine
-
-    Raises ConfigError (an unknown or bad option, named) and InstanceError (the address cannot be
-    bound, with its holder; a detached instance of that namespace runs already). After an error
-    nothing is left running.
-    """
+    """What `starting.start` goes on with, once a supervisor was executed."""
     if engine not in (None, "local"):
         raise ConfigError(f'engine {engine!r} is not available in this version; use engine="local"')
     params.text("namespace", namespace)
-    options = _options(http_host, http_port, http_middlewares, http_options)
-    launched = launch(options, namespace, detached)
+    launched = launch(spark, _options(http, options), namespace, detached)
     ending = Ending(launched, detached)
     try:
         from headgate.instance import Instance  # heavy: imported while the supervisor starts
@@ -73,15 +54,13 @@ def start(
     return Client(instance, launched.address, ending)
 
 
-def _options(host: Any, port: Any, middlewares: Any, options: Any) -> configs.HTTPOptions:
-    given = {"host": host, "port": port, "middlewares": middlewares}
-    old = {name: value for name, value in given.items() if value is not _UNSET}
+def _options(old: Mapping[str, Any], options: Any) -> configs.HTTPOptions:
     if not old:
         return configs.as_http_options(options)
     names = ", ".join(f"http_{name}" for name in old)
     if options is not None:
         raise ConfigError(f"{names} and http_options say the same twice; put everything into http_options")
-    warnings.warn(f"{names}: use http_options={{...}} instead", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{names}: use http_options={{...}} instead", DeprecationWarning, stacklevel=4)
     return configs.as_http_options(old)
 
 
@@ -168,7 +147,7 @@ class Client:
 
         self._instance.check()
         params.text("tag", tag)
-        given = configs.as_backend_config(config).given
+        given = self._given(tag, config, new=method == "create_backend")
         resources = configs.check_ray_actor_options(resources)
         num_gpus = resources.get("num_gpus")
         variables = None if env is None else configs.check_env(env)
@@ -183,6 +162,13 @@ class Client:
             **params.config(given),
         )
 
+    def _given(self, tag: str, config: Any, *, new: bool = False) -> dict[str, Any]:
+        """The fields that `config` sets. A user_config that is None and was None is no change."""
+        given = configs.as_backend_config(config).given
+        if given.get("user_config", "") is None and (new or self.get_backend_config(tag).user_config is None):
+            del given["user_config"]
+        return given
+
     def update_backend_config(self, tag: str, config: dict[str, Any] | configs.BackendConfig) -> None:
         """Change the config fields that are given; the others stay.
 
@@ -194,7 +180,7 @@ class Client:
         params.text("tag", tag)
         if config is None:
             raise ArgumentError("config must be a dict or a BackendConfig, got None")
-        given = configs.as_backend_config(config).given
+        given = self._given(tag, config)
         self._instance.call(
             "update_backend_config", tag=tag, has_user_config="user_config" in given, **params.config(given)
         )

@@ -1,8 +1,8 @@
 """Bring an instance to life from the driver, and take it down with it.
 
-The order of things is the start-up time: the socket is bound first, so that a port in use is an
-error before anything ran; then the supervisor is executed, and while it imports what it needs,
-the driver imports its own half (the event loop, the router).
+The order of things is the start-up time. The supervisor is executed first of all (starting.py), and
+while it imports what it needs, the driver imports its own half, checks, binds the socket and writes
+the run directory; a port in use is an error before any of the other processes ran.
 
 Whoever started an instance that is not detached owns its end: `Ending.now` runs once, at shutdown, at
 the end of a `with` block, when the client is collected, or when the interpreter exits. A driver
@@ -17,7 +17,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from headgate.signals import catch_sigterm, release_sigterm
 
 if TYPE_CHECKING:
     from headgate.config import HTTPOptions
+    from headgate.engine.ignition import Spark
     from headgate.instance import Instance
 
 #: The longest that a start may take; then something is wrong with this machine.
@@ -73,8 +73,8 @@ class Launched:
         return True
 
 
-def launch(options: HTTPOptions, namespace: str, detached: bool) -> Launched:
-    """Bind, write the run directory, execute the supervisor. Raises HeadgateError, nothing is left then."""
+def launch(spark: Spark, options: HTTPOptions, namespace: str, detached: bool) -> Launched:
+    """Bind, write the run directory, tell the supervisor. Raises HeadgateError, no file is left then."""
     middlewares = pack("http_options: middlewares", options.middlewares) if options.middlewares else b""
     root = directory.base()
     directory.sweep(root)
@@ -87,7 +87,7 @@ def launch(options: HTTPOptions, namespace: str, detached: bool) -> Launched:
         http = _listen(options)
         if http is not None:
             copies.enter_context(http)
-        name = directory.name_of(namespace) if detached else os.urandom(4).hex()
+        name = directory.name_of(namespace) if detached else spark.instance
         path, lock = directory.create(root, name)
         copies.callback(os.close, lock)
         with contextlib.ExitStack() as undo:
@@ -96,7 +96,7 @@ def launch(options: HTTPOptions, namespace: str, detached: bool) -> Launched:
             control = copies.enter_context(listener.bind_unix(os.path.join(path, directory.CONTROL)))
             address = _write_address(path, http, options)
             record = boot.Boot(
-                instance=name,
+                instance=spark.instance,
                 namespace=namespace,
                 directory=path,
                 token=token,
@@ -107,11 +107,10 @@ def launch(options: HTTPOptions, namespace: str, detached: bool) -> Launched:
                 http_fd=-1 if http is None else http.fileno(),
                 http=_portable(options),
                 middlewares=middlewares,
-                sys_path=_sys_path(),
             )
-            launched = Launched(path, token, boot.spawn(record), address)
+            boot.tell(spark, record)
             undo.pop_all()
-            return launched
+            return Launched(path, token, spark.pid, address)
 
 
 def _listen(options: HTTPOptions) -> socket.socket | None:
@@ -135,17 +134,6 @@ def _portable(options: HTTPOptions) -> dict[str, Any]:
         for name, value in options.to_dict().items()
         if name != "middlewares"
     }
-
-
-def _sys_path() -> list[str]:
-    """This process's, for a supervisor that may find headgate only there; "" is the working directory."""
-    try:
-        here = os.getcwd()
-    except FileNotFoundError:  # it was deleted
-        here = "/"
-    entries = [os.path.join(here, entry) for entry in sys.path]
-    # A name that is not UTF-8 does not fit into the boot record; replicas get it with their code.
-    return [entry for entry in entries if entry.isprintable()]
 
 
 class Ending:

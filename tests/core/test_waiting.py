@@ -36,6 +36,16 @@ def test_a_request_beyond_the_limit_is_not_queued():
     assert drained(waiting) == [1, 2, 4]
 
 
+def test_the_newest_request_can_be_taken_too():
+    waiting = queued(3, 4)
+    waiting.push_front(Request(1))
+    waiting.push_front(Request(2))
+
+    assert [waiting.pop_newest().order for _ in range(4)] == [4, 3, 2, 1]
+    with pytest.raises(KeyError):
+        waiting.pop_newest()
+
+
 def test_with_a_limit_of_nought_nothing_waits():
     assert not Waiting().push(Request(1), limit=0)
 

@@ -37,7 +37,7 @@ class Connection:
         self._writer: asyncio.StreamWriter
 
     async def open(self) -> Connection:
-        self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=2**22)
         return self
 
     async def send(self, path: str, headers: Mapping[str, str] | None = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import leftovers
+
 import headgate
 
 SECONDS_TO_END = 5.0

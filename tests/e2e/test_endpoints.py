@@ -90,7 +90,7 @@ def test_it_is_in_force_when_the_call_returns(serve: headgate.Client) -> None:
 def test_a_bad_endpoint_is_refused_and_nothing_changes(
     serve: headgate.Client, arguments: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
-    with pytest.raises(kind, match=".*") as error:
+    with pytest.raises(kind) as error:
         serve.create_endpoint("a", **arguments)
     assert isinstance(error.value, headgate.HeadgateError)
     assert text in str(error.value)

@@ -238,7 +238,7 @@ def test_requests_in_flight_finish_before_the_end() -> None:
 def test_a_with_block_ends_it_and_lets_errors_through() -> None:
     with pytest.raises(ZeroDivisionError):
         with headgate.start(http_options=NO_HTTP) as client:
-            1 / 0
+            raise ZeroDivisionError
     assert is_gone(client)
 
 
@@ -303,7 +303,7 @@ def test_no_main_guard_is_needed_and_the_interpreters_exit_ends_it(script: Calla
 
 
 def test_an_exception_ends_it_too(script: Callable[..., Script]) -> None:
-    run = script(SCRIPT + "raise KeyError('mine')")
+    run = script(SCRIPT + "time.sleep(0.5)\nraise KeyError('mine')")
     folder, pids = started(run)
     assert run.end() == 1
     assert ended(folder, pids)
@@ -484,10 +484,8 @@ def detached() -> Iterator[headgate.Client]:
 
 
 def test_a_detached_instance_outlives_its_starter(script: Callable[..., Script]) -> None:
-    run = script(
-        SCRIPT.replace("http_options=", "detached=True, namespace='mine', http_options=").replace("print(", "print('at', ")
-    )
-    _, folder, replica = run.output().split()
+    run = script(SCRIPT.replace("start(", "start(detached=True, namespace='mine', "))
+    folder, replica = run.output().split()
     with pytest.raises(InstanceError, match=r"'default'.*headgate\.start\(detached=True"):
         headgate.connect()
     client = headgate.connect("mine")

@@ -181,7 +181,7 @@ class Instance:
         self.port = http.getsockname()[1]
         record = boot.Boot(
             name, "tiny", self.directory, self.token, detached, os.getpid(), lock,
-            self.control.fileno(), http.fileno(), sys_path=[str(HERE), *sys.path], cwd=os.getcwd(),
+            self.control.fileno(), http.fileno(),
         )  # fmt: skip
         self.pid = boot.spawn(record, main)
         self._fd = os.pidfd_open(self.pid)

@@ -528,3 +528,50 @@ async def test_a_cancel_that_comes_with_its_call_frees_the_slot_too(rig: Rig) ->
     assert (await link.end(3))[:2] == (framing.ERROR, 499)
     assert link.page[3] == 0
     assert rig.worker.admission.held == 0
+
+
+async def swallows_cancel(request: Any) -> Any:
+    try:
+        await asyncio.sleep(100)
+    except asyncio.CancelledError:
+        pass
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.01)
+
+    return StreamingResponse(endless()) if (await request.body()) == b"response" else endless()
+
+
+@pytest.mark.parametrize("body", [b"response", b"generator"])
+def test_an_endless_answer_to_a_request_that_was_cancelled_is_not_begun(body: bytes) -> None:
+    @served(swallows_cancel)
+    async def test(rig: Rig) -> None:
+        link = await rig.link()
+        link.http(0, body)
+        await asyncio.sleep(0.1)
+        link.frame(framing.CANCEL, 0)
+        assert (await link.end(0))[:2] == (framing.ERROR, 499)
+        assert rig.worker.admission.held == 0
+
+    test()
+
+
+async def large_despite_cancel(request: Any) -> bytes:
+    try:
+        await asyncio.sleep(100)
+    except asyncio.CancelledError:
+        pass
+    return b"x" * 200_000
+
+
+@served(large_despite_cancel)
+async def test_a_large_answer_to_a_request_that_was_cancelled_ends_at_once(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0)
+    await asyncio.sleep(0.1)
+    link.frame(framing.CANCEL, 0)
+    assert (await link.end(0))[0] == framing.END
+    assert link.stream(0) == b""
+    assert rig.worker.admission.held == 0

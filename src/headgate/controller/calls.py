@@ -93,6 +93,7 @@ class Calls:
         return len(peers) >= controller.proxies.wanted and all(follow)
 
     async def do_status(self, call: str, params: Any) -> Any:
+        await self._controller.until(lambda: not self._controller.adopting)
         return status(self._controller, self._is_ready(), self._http)
 
     async def do_shutdown(self, call: str, params: Any) -> Any:

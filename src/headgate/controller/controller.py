@@ -13,7 +13,6 @@ who is connected peers.py, how an action is performed actions.py.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ from headgate.core import goals as change
 from headgate.core import lifecycle, reconcile
 from headgate.core.reconcile import Seen, Start, Stop
 from headgate.core.state import BackendGoal, Goals
+from headgate.engine import directory
 from headgate.engine.interface import Engine, Event, Exited
 from headgate.engine.local import LocalEngine
 from headgate.errors import HeadgateError, ProtocolError
@@ -365,7 +365,7 @@ async def _serve(child: ChildBoot) -> None:
     engine = LocalEngine(child.ask, hub)
     wanted = 1 if boot.http_fd >= 0 else 0
     controller = Controller(engine, Store(boot.directory), incarnation=child.incarnation, proxies=wanted)
-    calls = Calls(controller, _address(boot.directory))
+    calls = Calls(controller, directory.read_address(boot.directory))
     peers = Peers(controller, calls)
     hub.on_message, hub.on_gone = peers.on_message, peers.on_gone
     await controller.open()
@@ -374,12 +374,3 @@ async def _serve(child: ChildBoot) -> None:
     await calls.over
     hub.close()
     await asyncio.sleep(0)  # the last answers are written
-
-
-def _address(directory: str) -> str | None:
-    """Where clients find the HTTP server, as whoever bound it has written down."""
-    try:
-        with open(os.path.join(directory, "address"), encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None

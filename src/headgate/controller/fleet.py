@@ -209,8 +209,11 @@ class Fleet:
         return news
 
     def forget_failures(self, versions: set[Version]) -> None:
-        """Keep the failures of these versions only."""
+        """Keep the failures of these versions only, and the history of their backends."""
         self.failures = {version: found for version, found in self.failures.items() if version in versions}
+        tags = {tag for tag, _ in versions}
+        self.restarts = {tag: count for tag, count in self.restarts.items() if tag in tags}
+        self.last_errors = {tag: error for tag, error in self.last_errors.items() if tag in tags}
 
     # --- questions ---
 

@@ -1,28 +1,28 @@
-"""How a supervisor is started, and what it and its children are told.
+"""What a supervisor and its children are told.
 
-`spawn` executes a fresh interpreter: nothing of the driver's state, threads or `__main__` comes
-along. What it has to know travels in an anonymous file, not on the command line or in the
-environment, because it holds the instance's token.
+The supervisor was executed by ignition.py; what it has to know travels through a socket, with the
+file descriptors it holds from then on, and not on the command line or in the environment, because
+it includes the instance's token.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import sys
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from headgate.errors import InstanceError
+from headgate.engine.ignition import INSTANCE_VARIABLE, Spark, strike
 
-#: In the environment of every process of an instance, so that leftovers can be found. Not a secret.
-INSTANCE_VARIABLE = "HEADGATE_INSTANCE"
+__all__ = ["INSTANCE_VARIABLE", "Boot", "ChildBoot", "read", "spawn", "tell"]
+
 #: Where the processes of a detached instance write, in its run directory.
 LOG = "headgate.log"
+
+
+_FDS = ("lock_fd", "control_fd", "http_fd", "ready_fd")
 
 
 class Boot(Struct, frozen=True):
@@ -46,12 +46,15 @@ class Boot(Struct, frozen=True):
     ready_fd: int = -1
     http: dict[str, Any] = {}
     middlewares: bytes = b""
-    sys_path: list[str] = []
-    cwd: str = "/"
 
     def fds(self) -> list[int]:
-        """The file descriptors that the supervisor inherits."""
-        return [fd for fd in (self.lock_fd, self.control_fd, self.http_fd, self.ready_fd) if fd >= 0]
+        """The file descriptors that go along with the record."""
+        return [getattr(self, name) for name in _FDS if getattr(self, name) >= 0]
+
+    def with_fds(self, fds: list[int]) -> Boot:
+        """The record with the numbers that its file descriptors have in this process."""
+        names = [name for name in _FDS if getattr(self, name) >= 0]
+        return msgspec.structs.replace(self, **dict(zip(names, fds, strict=True)))
 
 
 class ChildBoot:
@@ -75,51 +78,32 @@ class ChildBoot:
 
 
 def spawn(boot: Boot, main: str = "headgate.processes:supervisor_main") -> int:
-    """Start the supervisor of an instance: its pid. The caller closes its own copies of the fds.
-
-    main   "module:function" of what to run there; it is called with the fd of the boot record
-    """
-    if not sys.executable:
-        raise InstanceError("this Python does not know its own executable (sys.executable is empty)")
-    record = os.memfd_create("headgate-boot", os.MFD_CLOEXEC)
+    """Start the supervisor of an instance: its pid. The caller closes its own copies of the fds."""
+    spark = strike(main, boot.instance)
     try:
-        with open(record, "wb", closefd=False) as file:
-            file.write(msgspec.msgpack.encode(boot))
-        os.lseek(record, 0, os.SEEK_SET)
-        return _execute(boot, record, main)
-    finally:
-        os.close(record)
+        tell(spark, boot)
+    except BaseException:
+        spark.quench()
+        raise
+    return spark.pid
 
 
-def _execute(boot: Boot, record: int, main: str) -> int:
-    module, _, function = main.partition(":")
-    # sys.path first: headgate itself may be importable only by way of the driver's
-    code = f"import sys;sys.path[:]={boot.sys_path!a};from {module} import {function};{function}({record})"
-    # Dup to the same number clears close-on-exec in the new process only.
-    inherit: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (record, *boot.fds())]
-    environment: Mapping[str, str] = {**os.environ, INSTANCE_VARIABLE: boot.instance}
-    defaults: Sequence[int] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGQUIT)
-    return os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-c", code],
-        environment,
-        file_actions=[*_standard_streams(boot), *inherit],
-        setsid=True,  # Ctrl-C and a closed terminal reach the driver only
-        setsigmask=(),
-        setsigdef=defaults,
-    )
-
-
-def _standard_streams(boot: Boot) -> list[Any]:
-    actions: list[Any] = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
-    if boot.detached:  # must not keep the terminal or pipe of whoever started it
-        log = os.path.join(boot.directory, LOG)
-        actions.append((os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        actions.append((os.POSIX_SPAWN_DUP2, 1, 2))
-    return actions
+def tell(spark: Spark, boot: Boot) -> None:
+    """Tell a supervisor that was executed already what it is for."""
+    spark.tell(msgspec.msgpack.encode(boot), boot.fds())
 
 
 def read(fd: int) -> Boot:
-    """The boot record that `spawn` passed; closes the fd."""
-    with open(fd, "rb") as file:
-        return msgspec.msgpack.decode(file.read(), type=Boot)
+    """The boot record, in the supervisor; closes the fd. Exits if there comes none: it is not needed."""
+    with socket.socket(fileno=fd) as sock:
+        size, fds, _, _ = socket.recv_fds(sock, 8, 4, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
+        record = sock.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL) if size else b""
+    if not record:
+        os._exit(0)
+    boot = msgspec.msgpack.decode(record, type=Boot).with_fds(fds)
+    if boot.detached:  # must not keep the terminal or pipe of whoever started it
+        log = os.open(os.path.join(boot.directory, LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+    return boot

@@ -8,6 +8,7 @@ its requests are cancelled.
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import threading
 import weakref
@@ -40,7 +41,7 @@ class CallerLink(Link):
         self.page = page
         self.jobs: dict[int, Job] = {}
         self._arena = arena
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()  # flush is part of send_with
         worker.links.add(self)
 
     def on_frames(self, frames: list[Frame]) -> None:
@@ -125,6 +126,16 @@ class CallerLink(Link):
     def flush(self) -> None:
         with self._writing:
             super().flush()
+
+    def send_with(self, head: bytes, body: bytes | memoryview) -> None:
+        with self._writing:
+            super().send_with(head, body)
+
+    def cut(self, null: int) -> None:
+        """In a fork: have the connection's descriptors lead to `null`, so that the parent alone uses it."""
+        if not self.closed and self._raw is not None and self._transport is not None:
+            for fd in (self._raw.fileno(), self._transport.get_extra_info("socket").fileno()):
+                os.dup2(null, fd, inheritable=False)
 
     def send_now(self, frame: bytes) -> bool:
         """Write from another thread than the loop's, if nothing waits to be written; False if something does.

@@ -190,6 +190,7 @@ class Replica:
         address = os.path.join(boot.directory, f"r{self.child.id.rpartition('#')[2]}.sock")
         self._acceptor = Acceptor(bind_unix(address), boot.token, partial(self._admit, worker))
         self._acceptor.open()
+        os.register_at_fork(after_in_child=worker.forked)
         if self.loaded.has_check_health:
             worker.start_background(self._watch_health(worker))
         gc.collect()

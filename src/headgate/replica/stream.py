@@ -88,7 +88,9 @@ class BodyFlow(Flow):
 
     def _pump(self) -> None:
         link, slot = self.job.link, self.job.slot
-        while self._body and self.window > 0 and not link.paused and not self.job.cancelled:
+        if self.job.cancelled:  # maybe before this flow was made
+            self._body = self._body[:0]
+        while self._body and self.window > 0 and not link.paused:
             piece, self._body = self._body[:PIECE_BYTES], self._body[PIECE_BYTES:]
             self.window -= len(piece)
             link.send_with(_pack(len(piece), framing.DATA, 0, 0, slot, 0), piece)
@@ -96,8 +98,7 @@ class BodyFlow(Flow):
             self.end()
 
     def cancel(self) -> None:
-        self._body = self._body[:0]
-        self.end()
+        self._pump()
 
 
 class GeneratorFlow(Flow):

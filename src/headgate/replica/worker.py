@@ -77,6 +77,7 @@ class Worker:
         self._background: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._drained_told = False
+        self._is_fork = False
         plain.connect(self._run_plain, self._wake, self._finish)
 
     def _batcher(self) -> Batcher[Job]:
@@ -200,6 +201,8 @@ class Worker:
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
                 outcome = self.failure(job, error)
             self._running = None
+            if self._is_fork:
+                os._exit(0)
         if type(outcome) is bytes and self._is_alone() and job.link.send_now(outcome):
             outcome = b""
         self.plain.done(job, outcome)
@@ -223,6 +226,8 @@ class Worker:
                 for job, request, result in zip(jobs, requests, results, strict=True):
                     self.plain.done(job, self._item(job, request, result))
             self._running = None
+            if self._is_fork:
+                os._exit(0)
         self.plain.done(None, self._plain_batch_done)
 
     def _still_wanted(self, batch: list[Job]) -> list[Job]:
@@ -254,7 +259,7 @@ class Worker:
                 call = method.function(request) if method.takes_request else method.function()
                 outcome = await self._outcome_async(job, request, await call)
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
-                outcome = self._async_failure(job, error)
+                outcome = self.failure(job, error)
         if outcome is not None:
             self._finish(job, outcome)
 
@@ -274,13 +279,10 @@ class Worker:
         for job, request, result in zip(jobs, requests, results, strict=True):
             self._finish(job, self._item(job, request, result))
 
-    def _async_failure(self, job: Job, error: BaseException) -> bytes:
-        if isinstance(error, asyncio.CancelledError) and job.cancelled:
-            return job.error(RequestCancelled("the caller had gone; the handler was cancelled"))
-        return self.failure(job, error)
-
     def _finish(self, job: Job | None, outcome: Outcome) -> None:
         """An outcome, on the loop."""
+        if self._is_fork:
+            os._exit(0)
         if type(outcome) is bytes:
             assert job is not None
             job.link.finish(job, outcome)
@@ -345,9 +347,11 @@ class Worker:
         try:
             await self._run_flow(job, request, encoded)
         except BaseException as error:  # noqa: BLE001 - user code may raise anything
-            self._finish(job, self._async_failure(job, error))
+            self._finish(job, self.failure(job, error))
 
     async def _run_flow(self, job: Job, request: Any, encoded: Stream | Asgi) -> None:
+        if job.cancelled:  # while the handler ran: nothing of an answer that may be endless is begun
+            raise asyncio.CancelledError
         flow = TaskFlow(self, job)
         if isinstance(encoded, Asgi):
             await flow.run_response(encoded.response, request)
@@ -359,15 +363,19 @@ class Worker:
         async def collect() -> None:
             outcome: Outcome
             try:
+                if job.cancelled:
+                    raise asyncio.CancelledError
                 outcome = self._value(job, [item async for item in items])
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
-                outcome = self._async_failure(job, error)
+                outcome = self.failure(job, error)
             self._finish(job, outcome)
 
         job.task = self.start_task(collect())
 
     def failure(self, job: Job, error: BaseException) -> bytes:
-        """The final frame of a request whose user code raised; logs the traceback."""
+        """The final frame of a request whose user code raised; logs the traceback, unless it was cancelled."""
+        if isinstance(error, asyncio.CancelledError) and job.cancelled:
+            return job.error(RequestCancelled("the caller had gone; the handler was cancelled"))
         return self._failures([job], error)[0]
 
     def _failures(self, jobs: list[Job], error: BaseException) -> list[bytes]:
@@ -418,6 +426,15 @@ class Worker:
         self._async_batches.configure(settings.max_batch_size, settings.batch_wait_timeout_s)
         self.tell_room(self.admission.set_limit(settings.max_concurrent_queries))
         self._pump()
+
+    def forked(self) -> None:
+        """This process is a copy that user code forked: it answers nobody, and ends where user code returns."""
+        self._is_fork = True
+        null = os.open(os.devnull, os.O_RDWR)
+        for link in self.links:
+            link.cut(null)
+        os.close(null)
+        self._loop.call_soon(os._exit, 0)  # user code that awaits does not come back
 
     def fence(self, peers: dict[str, int]) -> None:
         """Refuse calls of these processes until they follow the snapshot named."""

@@ -1,0 +1,54 @@
+"""headgate.start: its first act is to execute the supervisor, then it imports the rest.
+
+That order is why `start` has a module of its own: the supervisor's imports take longest, and
+everything here that is heavy, api.py first, is imported beside them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from headgate.engine.ignition import strike
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from headgate.api import Client
+    from headgate.config import HTTPOptions
+
+_UNSET: Any = object()
+
+
+def start(
+    detached: bool = False,
+    http_host: Any = _UNSET,
+    http_port: Any = _UNSET,
+    http_middlewares: Any = _UNSET,
+    http_options: HTTPOptions | Mapping[str, Any] | None = None,
+    *,
+    engine: str | None = None,
+    namespace: str = "default",
+    insecure: bool = False,
+) -> Client:
+    """Start an instance on this machine; returns when its proxy accepts requests.
+
+    detached       False: the instance ends with the client or this process. True: it lives until
+                   `client.shutdown()`; one per namespace, others reach it by `connect(namespace)`
+    http_options   an HTTPOptions or a dict of its fields; http_host, http_port and
+                   http_middlewares are the deprecated way to say the same
+    engine         "local" (the default): processes of this machine
+    insecure       for clusters; this engine has nothing to relax
+
+    Raises ConfigError (an unknown or bad option, named) and InstanceError (the address cannot be
+    bound, with its holder; a detached instance of that namespace runs already). After an error
+    nothing is left running.
+    """
+    given = {"host": http_host, "port": http_port, "middlewares": http_middlewares}
+    old = {name: value for name, value in given.items() if value is not _UNSET}
+    spark = strike()
+    try:
+        from headgate.api import begin
+
+        return begin(spark, old, http_options, detached=detached, engine=engine, namespace=namespace)
+    finally:
+        spark.quench()
