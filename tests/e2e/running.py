@@ -37,14 +37,14 @@ def is_alive(pid: int) -> bool:
 
 
 def instance_pids(directory: str) -> list[int]:
-    """The processes of the instance that lives in that run directory."""
-    mark = f"HEADGATE_INSTANCE={os.path.basename(directory)}".encode()
-    found = []
-    for entry in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if mark in Path("/proc", entry, "environ").read_bytes().split(b"\0") and is_alive(int(entry)):
-                found.append(int(entry))
-    return found
+    """The processes of the instance that lives in that run directory: who holds its lock, and all below."""
+    lock = os.path.join(directory, "lock")
+    everything = leftovers.processes()
+    holders = [each for each in everything if lock in leftovers.descriptors(each.pid).values()]
+    found = {each.pid for each in holders}
+    for holder in holders:
+        found |= {each.pid for each in leftovers.descendants(everything, holder.pid, set())}
+    return sorted(pid for pid in found - {os.getpid()} if is_alive(pid))
 
 
 def pid_of(directory: str, title: str) -> int:

@@ -100,8 +100,9 @@ def test_a_killed_replica_costs_at_most_what_it_had_started(client: headgate.Cli
     for id, answer in running.failed.items():
         assert answer.status == 502, (id, answer)
         assert answer.headers["x-headgate-started"] == "1"
-        assert id in started
-    assert set(started) == set(running.answers)
+    silent = set(running.answers) - set(started)  # killed between the mark and the handler's first line
+    assert silent <= set(running.failed)
+    assert len(silent) <= 6
     assert len(running.failed) < 6 * 10
 
 
@@ -170,7 +171,7 @@ def test_a_stopped_replica_gets_no_new_requests_and_is_replaced(client: headgate
     assert {answer.status for answer in running.failed.values()} <= {502}
     assert all(answer.headers["x-headgate-started"] == "1" for answer in running.failed.values())
     assert len(running.failed) < 20
-    assert set(starts(log)) == set(running.answers)
+    assert set(running.answers) - set(starts(log)) <= set(running.failed)
 
 
 # --- changes that lose nothing ---
@@ -460,10 +461,22 @@ class Odd:
         os.waitpid(pid, 0)
         return "parent"
 
+    def fork_and_wait_there(self) -> None:
+        if os.fork() == 0:
+            time.sleep(3600)
+        time.sleep(0.1)
+        os._exit(3)
+
+    def pool(self) -> list[int]:
+        import multiprocessing
+
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return pool.map(abs, [-1, 2, -3])
+
     def hard_exit(self) -> None:
         os._exit(3)
 
-    def overflow(self) -> None:
+    def segfault(self) -> None:
         import ctypes
 
         ctypes.string_at(0)
@@ -519,7 +532,16 @@ def test_a_fork_in_a_handler_answers_once(client: headgate.Client, kind: Any) ->
 
 
 @ODD
-@pytest.mark.parametrize("how", ["hard_exit", "overflow"])
+def test_a_handler_may_use_processes_of_its_own(client: headgate.Client, kind: Any) -> None:
+    handle = serve(client, kind)
+    before = handle.call(do="pid")
+    assert asyncio.run(get(address_of(client), "/it?do=pool")).json() == [1, 2, 3]
+    assert handle.call(do="pool") == [1, 2, 3]
+    assert handle.call(do="pid") == before
+
+
+@ODD
+@pytest.mark.parametrize("how", ["hard_exit", "segfault", "fork_and_wait_there"])
 def test_a_handler_that_kills_its_process_fails_its_own_request_only(
     client: headgate.Client, kind: Any, how: str
 ) -> None:
