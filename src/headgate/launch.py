@@ -116,7 +116,8 @@ def launch(spark: Spark, options: HTTPOptions, namespace: str, detached: bool) -
 def _listen(options: HTTPOptions) -> socket.socket | None:
     if not options.serves:
         return None
-    return listener.bind(options.host or "", options.port)
+    host = listener.node_address() if options.host == "node" else options.host or ""
+    return listener.bind(host, options.port)
 
 
 def _write_address(path: str, http: socket.socket | None, options: HTTPOptions) -> str | None:

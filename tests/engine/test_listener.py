@@ -85,3 +85,8 @@ def test_a_unix_path_that_is_too_long_is_told_with_its_length(run_dir: Path) -> 
     path = str(run_dir / ("x" * 107))
     with pytest.raises(InstanceError, match=f"has {len(path)} bytes.* at most 107"):
         listener.bind_unix(path)
+
+
+def test_a_node_s_own_address_can_be_bound() -> None:
+    with listener.bind(listener.node_address(), 0) as sock:
+        assert sock.getsockname()[0] == listener.node_address()

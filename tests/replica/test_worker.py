@@ -21,6 +21,7 @@ from headgate.replica.links import CallerLink
 from headgate.replica.plain import PlainThread
 from headgate.replica.worker import Worker
 from headgate.wire import payload
+from headgate.wire.handshake import wire_name
 from headgate.wire.link import WINDOW_BYTES, Link, open_link
 
 pack = framing.HEADER.pack
@@ -481,8 +482,9 @@ async def test_a_draining_worker_finishes_what_it_has_and_takes_nothing_new(rig:
 
 @served(echo)
 async def test_a_fenced_process_is_told_which_snapshot_it_lacks(rig: Rig) -> None:
-    stale, fresh = await rig.link("stale"), await rig.link("fresh")
-    rig.worker.fence({"stale": 12})
+    long = "a tag that is very long indeed, longer than a handshake can carry#0001"
+    stale, fresh = await rig.link(wire_name(long)), await rig.link("fresh")
+    rig.worker.fence({long: 12})
     stale.http(0)
     fresh.http(0, b"x")
     kind, needed, _ = await stale.end(0)

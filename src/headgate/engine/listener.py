@@ -66,6 +66,16 @@ def bind_unix(path: str, backlog: int = BACKLOG) -> socket.socket:
     return sock
 
 
+def node_address() -> str:
+    """This machine's own address, by which others reach it; 127.0.0.1 if it has no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737, for documentation; connecting a UDP socket sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
 def address_of(sock: socket.socket, scheme: str = "http") -> str:
     """The URL under which a client of this machine reaches `sock`, without a trailing slash.
 

@@ -124,8 +124,12 @@ class Replica:
 
     def _load(self) -> None:
         os.environ.update(dict(self.spec.env))
-        with open(self.spec.code_path, "rb") as file:
-            self.loaded = load(file.read())
+        try:
+            with open(self.spec.code_path, "rb") as file:
+                blob = file.read()
+        except FileNotFoundError:
+            raise BackendStartError(f"backend {self.spec.backend!r} was withdrawn while it started") from None
+        self.loaded = load(blob)
         if self.spec.settings.max_batch_size > 1 and not self.loaded.facts.accepts_batch:
             raise BackendStartError(
                 f"max_batch_size is {self.spec.settings.max_batch_size}, but backend code "

@@ -29,6 +29,7 @@ from headgate.replica.plain import PlainThread
 from headgate.replica.response import Asgi, Stream, check_batch_result, encode, runs_on_loop
 from headgate.replica.stream import BodyFlow, GeneratorFlow, TaskFlow
 from headgate.wire import payload
+from headgate.wire.handshake import wire_name
 
 log = logging.getLogger("headgate.replica")
 
@@ -438,7 +439,7 @@ class Worker:
 
     def fence(self, peers: dict[str, int]) -> None:
         """Refuse calls of these processes until they follow the snapshot named."""
-        self.fenced = peers
+        self.fenced = {wire_name(peer): version for peer, version in peers.items()}
 
     def drain(self) -> None:
         """Take nothing new; on_drained is called when nothing is left."""

@@ -12,6 +12,7 @@ descriptors are closed on every path that fails. The transport is made afterward
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import os
 import socket
@@ -25,9 +26,15 @@ TIMEOUT_S = 1.0
 MAX_FDS = 2
 
 _MAGIC = b"HGT1"
+_NAME_BYTES = 64
 _GREETING = struct.Struct("<4sHH32s64s")  # magic, version, reserved, nonce, name
 _ANSWER = struct.Struct("<4sHH32sQ32s")  # magic, version, reserved, nonce, pid, proof
 _CREDENTIALS = struct.Struct("3i")
+
+
+def wire_name(name: str) -> str:
+    """The name under which a dialer is known to those it dials: its own, or a digest of one too long to send."""
+    return name if len(name.encode()) <= _NAME_BYTES else hashlib.sha256(name.encode()).hexdigest()
 
 
 async def dial(path: str, token: bytes, name: str, fds: Sequence[int] = ()) -> tuple[socket.socket, int]:
@@ -39,7 +46,7 @@ async def dial(path: str, token: bytes, name: str, fds: Sequence[int] = ()) -> t
     try:
         sock.setblocking(False)
         async with asyncio.timeout(TIMEOUT_S):
-            pid = await _dial(sock, path, token, name.encode(), fds)
+            pid = await _dial(sock, path, token, wire_name(name).encode(), fds)
     except TimeoutError:
         sock.close()
         raise ProtocolError(f"no answer to the handshake on {path} within {TIMEOUT_S:g} s") from None
