@@ -11,7 +11,8 @@ Everything public is a name of this module; each is imported when it is first us
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # as typing has it, without its import: what runs before the supervisor does is kept bare
 
 if sys.platform != "linux":
     raise ImportError("headgate runs on Linux only: it needs pidfd, memfd and unix sockets with fd passing")
@@ -37,6 +38,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from headgate.api import Client, connect
     from headgate.config import BackendConfig, DeploymentMode, HTTPOptions, accept_batch
     from headgate.errors import (

@@ -10,7 +10,9 @@ errors of user code travel as values, wire/payload.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+TYPE_CHECKING = False  # see __init__.py
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "ArgumentError",

@@ -6,12 +6,12 @@ everything here that is heavy, api.py first, is imported beside them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from headgate.engine.ignition import strike
 
+TYPE_CHECKING = False  # see __init__.py
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from headgate.api import Client
     from headgate.config import HTTPOptions

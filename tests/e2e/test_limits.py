@@ -341,3 +341,34 @@ def test_a_plain_handler_that_never_returns_costs_its_replica(client: headgate.C
             return None
 
     assert eventually(after, 8) != before
+
+
+def test_an_async_handler_that_blocks_its_loop_for_ever_costs_its_replica(client: headgate.Client) -> None:
+    async def stuck(request: Any) -> int:
+        if "forever" in request.query_params:
+            time.sleep(3600)
+        return os.getpid()
+
+    handle = serve(client, stuck, request_timeout_s=0.5, health_check_timeout_s=1.0)
+    before = handle.call()
+    assert asyncio.run(get(address_of(client), "/it?forever=1")).status == 504
+    eventually(lambda: not os.path.exists(f"/proc/{before}"), 10)
+
+    def after() -> int | None:
+        try:
+            return handle.call()
+        except headgate.RequestError:
+            return None
+
+    assert eventually(after, 8) != before
+
+
+def test_a_loop_that_is_held_up_for_a_while_costs_nothing(client: headgate.Client) -> None:
+    async def slow(request: Any) -> int:
+        time.sleep(float(request.query_params.get("s", "0")))
+        return os.getpid()
+
+    handle = serve(client, slow, health_check_timeout_s=0.5)
+    before = handle.call()
+    assert handle.call(s="2.5") == before
+    assert handle.call() == before

@@ -11,9 +11,12 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
 
 from headgate.errors import InstanceError
+
+TYPE_CHECKING = False  # see headgate/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
 
 #: In the environment of every process of an instance, so that leftovers can be found. Not a secret.
 INSTANCE_VARIABLE = "HEADGATE_INSTANCE"
@@ -65,8 +68,10 @@ def strike(main: str = "headgate.processes:supervisor_main", instance: str | Non
     ours, theirs = socket.socketpair()
     with theirs:
         fd = theirs.fileno()
-        # sys.path first: headgate itself may be importable only by way of the driver's
-        code = f"import sys;sys.path[:]={_sys_path()!a};from {module} import {function};{function}({fd})"
+        # sys.path first: headgate itself may be importable only by way of the driver's. Whoever imports
+        # a lot and keeps it all has nothing to collect; the supervisor turns collections on when it is done.
+        start = f"import gc,sys;gc.disable();sys.path[:]={_sys_path()!a}"
+        code = f"{start};from {module} import {function};{function}({fd})"
         actions: list[Any] = [
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, fd, fd),  # to the same number: clears close-on-exec there only

@@ -32,6 +32,7 @@ from headgate.replica.callable import LoadedCallable, Method, load, start_error,
 from headgate.replica.context import ReplicaContext, set_replica_context
 from headgate.replica.links import CallerLink
 from headgate.replica.plain import PlainThread
+from headgate.replica.watch import LoopWatch
 from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import Acceptor
@@ -195,6 +196,7 @@ class Replica:
         self._acceptor = Acceptor(bind_unix(address), boot.token, partial(self._admit, worker))
         self._acceptor.open()
         os.register_at_fork(after_in_child=worker.forked)
+        LoopWatch(worker).start(self.instance.thread.loop)
         if self.loaded.has_check_health:
             worker.start_background(self._watch_health(worker))
         gc.collect()
