@@ -410,14 +410,14 @@ def test_configs_are_shown_with_every_default_resolved(client: headgate.Client) 
     client.create_backend("plain", pid, config={"num_replicas": "2"})
     client.create_backend("batch", batch, config=BackendConfig(max_batch_size=6, batch_wait_timeout=0.5))
     client.create_backend("async", waits)
-    client.create_backend("given", waits, config={"max_concurrent_queries": 3, "user_config": {"a": (1,)}})
+    client.create_backend("given", Settable, config={"max_concurrent_queries": 3, "user_config": {"refuse if there is": ""}})
     known = client.list_backends()
     assert list(known) == ["plain", "batch", "async", "given"]
     assert all(isinstance(config, BackendConfig) for config in known.values())
     assert [config.max_concurrent_queries for config in known.values()] == [8, 12, 100, 3]
     assert known["plain"].num_replicas == 2
     assert known["batch"].batch_wait_timeout == 0.5
-    assert known["given"].user_config == {"a": (1,)}
+    assert known["given"].user_config == {"refuse if there is": ""}
     assert known["plain"].to_dict() == client.get_backend_config("plain").to_dict()
     client.update_backend_config("batch", {"max_batch_size": 3})
     assert client.get_backend_config("batch").max_concurrent_queries == 6
@@ -505,6 +505,15 @@ def test_a_user_config_is_taken_by_every_replica(client: headgate.Client, kind: 
     assert sorted(pids(client)) == before
     client.update_backend_config("it", {"num_replicas": 3})
     assert [handle.call() for _ in range(6)] == ["new"] * 6
+
+
+def test_a_user_config_that_nothing_takes_is_an_error(client: headgate.Client) -> None:
+    with pytest.raises(BackendStartError, match="reconfigure"):
+        client.create_backend("it", pid, config={"user_config": 1})
+    client.create_backend("it", pid)
+    with pytest.raises(BackendStartError, match="reconfigure"):
+        client.update_backend_config("it", {"user_config": 1})
+    assert client.get_backend_config("it").user_config is None
 
 
 def test_without_a_user_config_reconfigure_is_not_called(client: headgate.Client) -> None:

@@ -532,3 +532,19 @@ def test_a_process_is_one_replica_for_good(monkeypatch):
     assert context.get_current_replica_tag() == "iris#0007"
     with pytest.raises(InstanceError, match="iris#0007"):
         context.set_replica_context(context.ReplicaContext("other", "other#1"))
+
+
+def test_a_function_of_a_module_that_is_marked_elsewhere_is_marked_where_it_is_loaded(monkeypatch):
+    import shlex
+
+    monkeypatch.setattr(shlex, "quote", shlex.quote)  # undone at the end, and the mark with it
+
+    def quote(requests):
+        return requests
+
+    quote.__module__, quote.__qualname__ = "shlex", "quote"
+    monkeypatch.setattr(shlex, "quote", quote)
+    blob, facts = code.pack(accept_batch(quote))
+    assert facts.accepts_batch
+    del quote.__headgate_accept_batch__  # as in a process that only imported the module
+    assert code.load(blob).facts.accepts_batch

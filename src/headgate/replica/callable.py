@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from headgate.config import accepts_batch
+from headgate.config import accept_batch, accepts_batch
 from headgate.core.state import Facts
 from headgate.errors import (
     ArgumentError,
@@ -46,13 +46,18 @@ _OWN_FRAMES = (os.path.dirname(os.path.dirname(__file__)) + os.sep, importlib.__
 
 
 class Code(msgspec.Struct, frozen=True, array_like=True):
-    """A backend's code on its way: `pickled` holds (object or None, init_args)."""
+    """A backend's code on its way: `pickled` holds (object or None, init_args).
+
+    A function that was marked with accept_batch elsewhere than in its own module is marked again
+    where it is loaded, as it may travel by reference.
+    """
 
     name: str
     path: str | None
     sys_path: list[bytes]  # bytes, as file names need not be Unicode
     cwd: bytes
     pickled: bytes
+    accepts_batch: bool = False
 
 
 class Method(msgspec.Struct, frozen=True):
@@ -95,6 +100,7 @@ def pack(target: object, init_args: tuple[object, ...] = ()) -> tuple[bytes, Fac
         sys_path=[os.fsencode(os.path.join(cwd, entry)) for entry in sys.path],
         cwd=os.fsencode(cwd),
         pickled=_pickle((None if path else target, tuple(init_args)), name),
+        accepts_batch=facts is not None and facts.accepts_batch,
     )
     return msgspec.msgpack.encode(code), facts
 
@@ -171,6 +177,8 @@ def load(blob: bytes) -> LoadedCallable:
     except BaseException as error:  # a module's top level may raise anything, SystemExit too
         raise start_error(f"backend code {code.name!r} cannot be loaded", error) from error
     check_code(target, init_args)
+    if code.accepts_batch and inspect.isfunction(target):
+        accept_batch(target)
     return LoadedCallable(target, init_args, code.name)
 
 

@@ -236,8 +236,10 @@ class Replica:
         self._config_version = message.config_version
         hook = self.loaded.hook("reconfigure")
         version = message.config_version
-        if hook is None or message.user_config_path is None:
+        if message.user_config_path is None:
             self.say(config_version=version, error="")
+        elif hook is None:
+            self.say(config_version=version, error=self._no_reconfigure())
         elif hook.is_async:
             self.worker.start_background(self._reconfigure_async(hook, message.user_config_path, version))
         else:
@@ -264,9 +266,17 @@ class Replica:
     def _first_config(self) -> tuple[Method | None, Any]:
         self._config_version = self.spec.config_version
         hook = self.loaded.hook("reconfigure")
-        if hook is None or self.spec.user_config_path is None:
+        if self.spec.user_config_path is None:
             return None, None
+        if hook is None:
+            raise BackendStartError(self._no_reconfigure())
         return hook, _read(self.spec.user_config_path)
+
+    def _no_reconfigure(self) -> str:
+        return (
+            f"backend {self.spec.backend!r} has a user_config, but its code {self.loaded.name!r} has no "
+            "reconfigure(user_config) method to give it to; define one in the class, or leave user_config out"
+        )
 
     def _reconfigure_first(self, call: Callable[[Method, Any], object]) -> None:
         hook, config = self._first_config()
