@@ -139,7 +139,7 @@ class Rig:
         return self.replicas[-1]
 
     def publish(
-        self, backends: dict[str, list[Replica]], traffic: Traffic | None = None, **settings: Any
+        self, backends: dict[str, list[Replica]], traffic: Traffic | None = None, trouble: str = "", **settings: Any
     ) -> Endpoint:
         self.version += 1
         first = next(iter(backends), "none")
@@ -150,6 +150,7 @@ class Rig:
                 1,
                 Settings(**settings),
                 tuple(ReplicaAddress(one.name, one.address, os.getpid()) for one in replicas),
+                trouble,
             )
             for tag, replicas in backends.items()
         )
@@ -438,6 +439,16 @@ async def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(rig: Rig) 
     assert [arg for kind, _, arg, _ in replica.heard if kind == framing.CANCEL] == [1]
     assert [arg & 0xFFFFFFFF for kind, _, arg, _ in replica.heard if kind == framing.CALL] == [1500]
     assert not rig.router.timed
+
+
+@routed
+async def test_who_waits_for_a_backend_that_does_not_start_hears_why(rig: Rig) -> None:
+    endpoint = rig.publish({"b": []}, request_timeout_s=1.0, max_queued_requests=1, trouble="bad disk")
+    waiting, shed = Asked(), Asked()
+    rig.router.submit(endpoint, waiting)
+    rig.router.submit(endpoint, shed)
+    for caller in (shed, waiting):
+        assert "no replica: bad disk" in str(await caller.result())
 
 
 @routed

@@ -41,6 +41,7 @@ SILENT_S = 3.0
 MAX_TRIES = 3
 _NEVER = float("inf")
 _REDIAL_S = 0.05
+_MEND_FULL = "raise num_replicas or max_concurrent_queries"
 
 
 class Router:
@@ -139,15 +140,9 @@ class Router:
     def _sweep(self) -> None:
         now = self.loop.time()
         for caller in [caller for caller in self.timed if caller.deadline <= now]:
-            where = "while it ran" if caller.link is not None else "while it waited for a replica"
-            name = caller.endpoint.name if caller.endpoint is not None else "?"
+            error = _late(caller)
             self.cancel(caller, timed_out=True)
-            caller.on_failure(
-                RequestTimeout(
-                    f"the request to endpoint {name!r} passed its deadline {where}; "
-                    "raise request_timeout_s, or num_replicas if requests wait long"
-                )
-            )
+            caller.on_failure(error)
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep) if self.timed else None
 
     # --- the snapshot ---
@@ -217,6 +212,17 @@ class Router:
             for link in list(backend.links.values()):
                 link.discard()
         self.backends.clear()
+
+
+def _late(caller: Caller) -> RequestTimeout:
+    name = caller.endpoint.name if caller.endpoint is not None else "?"
+    if caller.link is not None:
+        why = "while it ran; raise request_timeout_s if that is how long it may take"
+    elif caller.backend is not None and caller.backend.trouble:
+        why = f"because its backend has no replica: {caller.backend.trouble}"
+    else:
+        why = "while it waited for a replica; raise request_timeout_s or num_replicas"
+    return RequestTimeout(f"the request to endpoint {name!r} passed its deadline {why}")
 
 
 class BackendRoute:
@@ -305,6 +311,11 @@ class BackendRoute:
         if self._lined:
             self.dispatch()
 
+    @property
+    def trouble(self) -> str:
+        """Why there is no replica; "" if there is one, or one is on its way."""
+        return self.view.trouble
+
     def _overloaded(self, limit: int | None) -> HeadgateError:
         running = sum(self.replicas.in_flight(replica) for replica in self.links)
         rate = self._drain_rate()
@@ -312,8 +323,9 @@ class BackendRoute:
         slots = self.view.settings.max_concurrent_queries * max(1, len(self.links))
         error = BackendOverloaded(
             f"backend {self.view.tag!r} is full: {running} requests in flight and {len(self.waiting)} "
-            f"waiting (limits {slots} and {limit}); raise num_replicas or max_concurrent_queries, "
-            f"or retry in {retry_s} s"
+            f"waiting (limits {slots} and {limit}); "
+            + (f"it has no replica: {self.trouble}" if self.trouble else _MEND_FULL)
+            + f", or retry in {retry_s} s"
         )
         error.retry_after_s = retry_s
         return error

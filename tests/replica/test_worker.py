@@ -347,6 +347,37 @@ async def test_an_exception_in_a_batch_s_result_fails_one_request(rig: Rig) -> N
     ]
 
 
+class Spoils:
+    """Cannot be decoded."""
+
+    def __reduce__(self) -> Any:
+        return (int, ("not a number",))
+
+
+@headgate.accept_batch
+def doubles(requests: list[Any]) -> list[Any]:
+    return [request.data * 2 for request in requests]
+
+
+@served(doubles, max_batch_size=3)
+async def test_a_request_that_cannot_be_decoded_fails_alone_and_counts_as_started(rig: Rig) -> None:
+    link = await rig.link()
+    link.value(0, 1)
+    link.value(1, Spoils())
+    link.value(2, 2)
+    assert [(await link.end(slot))[0] for slot in range(3)] == [framing.REPLY, framing.ERROR, framing.REPLY]
+    assert [payload.decode((await link.end(slot))[2]) for slot in (0, 2)] == [2, 4]
+    assert link.page[1] == 1
+
+
+@served(echo)
+async def test_a_request_has_started_before_its_value_is_decoded(rig: Rig) -> None:
+    link = await rig.link()
+    link.value(0, Spoils())
+    assert (await link.end(0))[0] == framing.ERROR
+    assert link.page[0] == 1
+
+
 def count_to_three(request: Any) -> Iterator[str]:
     yield from ("one ", "two ", "three")
 

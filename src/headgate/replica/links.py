@@ -68,10 +68,11 @@ class CallerLink(Link):
 
     def _call(self, flags: int, meta_len: int, slot: int, arg: int, source: Source, start: int, end: int) -> None:
         worker = self.worker
-        needed = worker.refuses(self)
-        if needed is not None:
-            self.send(_pack(0, framing.DRAINING, 0, 0, slot, needed))
-            return
+        if worker.draining or worker.fenced:
+            needed = worker.refuses(self)
+            if needed is not None:
+                self.send(_pack(0, framing.DRAINING, 0, 0, slot, needed))
+                return
         want = arg >> 48
         if not worker.admission.offer(self, want):
             self.send(_pack(0, framing.BUSY, 0, 0, slot, 0))
@@ -157,6 +158,10 @@ class CallerLink(Link):
             return False
         finally:
             self._writing.release()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        with self._writing:  # send_now must not write to a descriptor that is closed, and may be another's by then
+            super().connection_lost(exc)
 
     def borrow(self, offset: int, size: int) -> memoryview:
         """A read-only view of `size` bytes of the arena; the router is told when nothing refers to it."""

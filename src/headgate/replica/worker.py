@@ -87,10 +87,11 @@ class Worker:
     # --- admission, called by links ---
 
     def refuses(self, link: CallerLink) -> int | None:
-        """None to go on; else 0 (draining), or the snapshot version that the link's process lacks."""
-        if self.draining:
-            return 0
-        return self.fenced.get(link.name) if self.fenced else None
+        """None to go on; else 0 (draining), or the snapshot version that the link's process lacks.
+
+        To be asked only while the worker is `draining` or somebody is `fenced`.
+        """
+        return 0 if self.draining else self.fenced.get(link.name)
 
     def tell_room(self, links: list[CallerLink]) -> None:
         """A slot is kept for each of `links`."""
@@ -194,8 +195,8 @@ class Worker:
             self._running = job
             request = None
             try:
+                job.mark_started()  # decoding a handle's value runs user code already
                 request = job.request(False)
-                job.mark_started()
                 result = method.function(request) if method.takes_request else method.function()
                 outcome = self._outcome(job, request, result)
                 del result
@@ -213,33 +214,39 @@ class Worker:
         return self.plain.idle and self.admission.held < self.settings.max_concurrent_queries
 
     def _run_plain_batch(self, batch: list[Job], method: Method) -> None:
-        jobs = self._still_wanted(batch)
+        self._running = batch
+        jobs, requests = self._start_batch(batch, self.plain.done, is_async=False)
         if jobs:
-            self._running = jobs
             try:
-                requests = [job.request(False) for job in jobs]
-                for job in jobs:
-                    job.mark_started()
                 results = check_batch_result(method.function(requests), len(jobs))
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
                 self._fail_batch(jobs, error)
             else:
                 for job, request, result in zip(jobs, requests, results, strict=True):
                     self.plain.done(job, self._item(job, request, result))
-            self._running = None
-            if self._is_fork:
-                os._exit(0)
+        self._running = None
+        if self._is_fork:
+            os._exit(0)
         self.plain.done(None, self._plain_batch_done)
 
-    def _still_wanted(self, batch: list[Job]) -> list[Job]:
-        wanted = []
+    def _start_batch(
+        self, batch: list[Job], done: Callable[[Job, Outcome], None], *, is_async: bool
+    ) -> tuple[list[Job], list[Any]]:
+        """Those of a batch that are still wanted and can be decoded, and their requests; the rest is answered."""
+        jobs, requests = [], []
         for job in batch:
             refusal = job.refusal()
-            if refusal is None:
-                wanted.append(job)
+            if refusal is not None:
+                done(job, refusal)
+                continue
+            try:
+                job.mark_started()
+                requests.append(job.request(is_async))
+            except BaseException as error:  # noqa: BLE001 - decoding a handle's value runs user code
+                done(job, self.failure(job, error))
             else:
-                self.plain.done(job, refusal)
-        return wanted
+                jobs.append(job)
+        return jobs, requests
 
     def _fail_batch(self, jobs: list[Job], error: BaseException) -> None:
         for job, frame in zip(jobs, self._failures(jobs, error), strict=True):
@@ -255,8 +262,8 @@ class Worker:
         outcome: Outcome | None = job.refusal()
         if outcome is None:
             try:
-                request = job.request(True)
                 job.mark_started()
+                request = job.request(True)
                 call = method.function(request) if method.takes_request else method.function()
                 outcome = await self._outcome_async(job, request, await call)
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
@@ -265,13 +272,10 @@ class Worker:
             self._finish(job, outcome)
 
     async def _run_async_batch(self, batch: list[Job], method: Method) -> None:
-        jobs = self._still_wanted(batch)
+        jobs, requests = self._start_batch(batch, self._finish, is_async=True)
         if not jobs:
             return
         try:
-            requests = [job.request(True) for job in jobs]
-            for job in jobs:
-                job.mark_started()
             results = check_batch_result(await method.function(requests), len(jobs))
         except BaseException as error:  # noqa: BLE001 - user code may raise anything
             for job, frame in zip(jobs, self._failures(jobs, error), strict=True):
