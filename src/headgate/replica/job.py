@@ -36,27 +36,16 @@ _decode_value = msgspec.msgpack.Decoder(_ValueMeta).decode
 class Job:
     """A request that was accepted; `finish` of its link ends it."""
 
-    __slots__ = (
-        "_meta",
-        "body_end",
-        "body_start",
-        "borrowed",
-        "cancelled",
-        "deadline",
-        "flags",
-        "flow",
-        "head_end",
-        "is_value",
-        "link",
-        "meta_end",
-        "slot",
-        "source",
-        "start",
-        "task",
-        "timed_out",
-        "upload",
-        "uploaded",
-    )  # fmt: skip
+    # what few requests have; as defaults of the class they cost nothing
+    cancelled = False
+    timed_out = False
+    flow: Flow | None = None  # a streamed answer in progress
+    task: asyncio.Task[None] | None = None
+    upload: bytearray | None = None  # a body that came in pieces
+    uploaded = 0
+    borrowed = False  # memory of the router's, which is told when nothing refers to it
+    deadline = math.inf
+    _meta: Any = None
 
     def __init__(
         self, link: CallerLink, flags: int, meta_len: int, slot: int, arg: int, source: Any, start: int, end: int
@@ -71,15 +60,8 @@ class Job:
         self.head_end = self.body_start = self.meta_end + (arg >> 32 & 0xFFFF)
         self.body_end = end
         remaining_ms = arg & 0xFFFFFFFF
-        self.deadline = monotonic() + remaining_ms / 1000 if remaining_ms else math.inf
-        self.cancelled = False
-        self.timed_out = False
-        self.flow: Flow | None = None  # a streamed answer in progress
-        self.task: asyncio.Task[None] | None = None
-        self.upload: bytearray | None = None  # a body that came in pieces
-        self.uploaded = 0
-        self.borrowed = False  # memory of the router's, which is told when nothing refers to it
-        self._meta: Any = None
+        if remaining_ms:
+            self.deadline = monotonic() + remaining_ms / 1000
 
     # --- what the caller sent ---
 
