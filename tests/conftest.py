@@ -13,6 +13,10 @@ from pathlib import Path
 import leftovers
 import pytest
 
+TESTS = Path(__file__).parent
+#: Folders whose tests start processes.
+GUARDED = {"controller", "e2e", "engine", "wire"}
+
 _numbers = count(1)
 
 
@@ -32,12 +36,14 @@ def run_dir() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[None]:
-    """Fail a test of tests/e2e that leaves something behind, and clean up for the next one.
+    """Fail a test that starts processes and leaves something behind, and clean up for the next one.
+
+    Those are the tests in the folders `GUARDED`; tests/test_leftovers.py tests the guard itself.
 
     Set up before and torn down after all other fixtures of the test, so that those may
     still end what they began. Fixtures of a wider scope come first and are not its business.
     """
-    if "e2e" not in request.path.parent.parts:
+    if not GUARDED & set(request.path.relative_to(TESTS).parts):
         yield
         return
     marker = f"{os.getpid()}.{next(_numbers)}"

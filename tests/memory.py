@@ -135,6 +135,7 @@ class MemoryInstance:
         self.routers: dict[asyncio.AbstractEventLoop, MemoryRouter] = {}
         self.thread = HeadgateThread()
         self.follows = 0
+        self.watchers: set[Callable[[], object]] = set()
         for name, handler in (handlers or {}).items():
             self.add(name, handler)
 
@@ -143,6 +144,8 @@ class MemoryInstance:
         self.handlers[name] = handler
         endpoint = Endpoint(name, None, ("GET",), Traffic(((name, 1.0),)))
         self.snapshot = Snapshot(self.snapshot.version + 1, (*self.snapshot.endpoints, endpoint))
+        for watcher in list(self.watchers):
+            watcher()
 
     def remove(self, name: str) -> None:
         """Delete an endpoint."""
@@ -151,6 +154,12 @@ class MemoryInstance:
 
     def endpoint(self, name: str) -> Endpoint | None:
         return next((each for each in self.snapshot.endpoints if each.name == name), None)
+
+    def watch(self, watcher: Callable[[], object]) -> None:
+        self.watchers.add(watcher)
+
+    def unwatch(self, watcher: Callable[[], object]) -> None:
+        self.watchers.discard(watcher)
 
     def router(self) -> MemoryRouter:
         loop = asyncio.get_running_loop()

@@ -327,6 +327,18 @@ def test_equality_is_by_values_and_within_one_class():
         hash(BackendConfig())
 
 
+def test_user_configs_of_arrays_compare_by_their_values():
+    numpy = pytest.importorskip("numpy")
+
+    def config(*numbers):
+        return BackendConfig(user_config={"weights": numpy.array(numbers)})
+
+    assert config(1, 2) == config(1, 2)
+    assert config(1, 2) != config(1, 3)
+    assert config(1, 2) != BackendConfig()
+    assert config(1, 2) != BackendConfig(user_config={"weights": lambda: None})
+
+
 def test_the_repr_shows_every_field_and_builds_the_same_value():
     found = BackendConfig(num_replicas=2, user_config={"a": [1]})
 

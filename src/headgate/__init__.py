@@ -14,8 +14,19 @@ import sys
 
 TYPE_CHECKING = False  # as typing has it, without its import: what runs before the supervisor does is kept bare
 
-if sys.platform != "linux":
-    raise ImportError("headgate runs on Linux only: it needs pidfd, memfd and unix sockets with fd passing")
+
+def _unsupported(system: str, implementation: str, version: tuple[object, ...]) -> str | None:
+    """Why headgate cannot run there, in one line."""
+    if system != "linux":
+        return f"headgate runs on Linux only, not on {system}: it needs pidfd, memfd and fd passing"
+    if implementation != "cpython" or version[:2] < (3, 11):
+        found = f"{implementation} {version[0]}.{version[1]}"
+        return f"headgate needs CPython 3.11 or newer, not {found}"
+    return None
+
+
+if problem := _unsupported(sys.platform, sys.implementation.name, sys.version_info):
+    raise ImportError(problem)
 
 __version__ = "0.1.0.dev0"
 

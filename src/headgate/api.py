@@ -28,18 +28,21 @@ if TYPE_CHECKING:
     from headgate.instance import Instance
     from headgate.status import Status
 
-_UNSET: Any = object()
 _GET = ["GET"]
 
 
 def begin(
-    spark: Spark, http: Mapping[str, Any], options: Any, *, detached: bool, engine: Any, namespace: Any
+    spark: Spark, http: Mapping[str, Any], options: Any, *, detached: Any, engine: Any, namespace: Any
 ) -> Client:
     """What `starting.start` goes on with, once a supervisor was executed."""
     if engine not in (None, "local"):
         raise ConfigError(f'engine {engine!r} is not available in this version; use engine="local"')
+    if not isinstance(detached, bool):
+        raise ArgumentError(f"detached must be True or False, got {detached!r}")
     params.text("namespace", namespace)
-    launched = launch(spark, _options(http, options), namespace, detached)
+    chosen = _options(http, options)
+    params.check_certificate(chosen)
+    launched = launch(spark, chosen, namespace, detached)
     ending = Ending(launched, detached)
     try:
         from headgate.instance import Instance  # heavy: imported while the supervisor starts
@@ -68,7 +71,8 @@ def connect(namespace: str = "default") -> Client:
     """A client of a running instance; its going away ends nothing.
 
     In a script: the detached instance of that namespace on this machine. Inside a backend: the
-    instance that the backend belongs to. Raises InstanceError when there is none.
+    instance that the backend belongs to. Raises InstanceError when there is none, and
+    ControllerUnavailable when it does not answer.
     """
     from headgate import instance as instances
     from headgate.engine import directory
@@ -89,6 +93,11 @@ def connect(namespace: str = "default") -> Client:
 
 class Client:
     """A running instance, to change and to ask. Made by `start` and `connect`.
+
+    The end of a `with` block shuts down what `start` began in this process, detached or not; it
+    ends nothing that this process connected to. Every call raises ControllerUnavailable when the
+    controller gives no sign of life for 5 s: a change may or may not have happened then, and it
+    is safe to repeat it.
 
     http_address   "http://127.0.0.1:8000", or None without an HTTP server
     """
@@ -212,7 +221,7 @@ class Client:
     # --- endpoints ---
 
     def create_endpoint(
-        self, name: str, *, backend: str = _UNSET, route: str | None = None, methods: list[str] = _GET
+        self, name: str, *, backend: str, route: str | None = None, methods: list[str] = _GET
     ) -> None:
         """Open an entry to a backend; returns when every proxy routes it.
 
@@ -223,16 +232,8 @@ class Client:
         """
         self._instance.check()
         params.text("endpoint name", name)
-        if not isinstance(backend, str):
-            given = "nothing" if backend is _UNSET else type(backend).__name__
-            raise ArgumentError(f"endpoint {name!r}: backend must be the tag of a backend, a str, got {given}")
-        self._instance.call(
-            "create_endpoint",
-            name=name,
-            backend=backend,
-            route=params.route(name, route),
-            methods=params.methods(name, methods),
-        )
+        methods = params.methods(name, methods)
+        self._instance.call("create_endpoint", name=name, backend=backend, route=route, methods=methods)
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """name -> {"route", "methods", "traffic", "shadows"}, in the order of creation."""
@@ -245,20 +246,19 @@ class Client:
         params.text("endpoint name", name)
         self._instance.call("delete_endpoint", name=name)
 
-    def set_traffic(self, endpoint_name: str, traffic_policy_dictionary: Mapping[str, float]) -> None:
+    def set_traffic(self, endpoint: str, weights: Mapping[str, float]) -> None:
         """Split the requests of an endpoint over backends, each by its share; shadows stay.
 
-        traffic_policy_dictionary   backend tag -> share in [0, 1]; the shares sum to 1 (within 1e-6)
+        weights   backend tag -> share in [0, 1]; the shares sum to 1 (within 1e-6)
 
         Returns once every proxy and handle follows the new split. Requests that wait already keep
         their backend. Raises ConfigError; then the old split stays.
         """
         self._instance.check()
-        params.text("endpoint name", endpoint_name)
-        weights = params.weights(traffic_policy_dictionary)
-        self._instance.call("set_traffic", endpoint=endpoint_name, weights=weights)
+        params.text("endpoint", endpoint)
+        self._instance.call("set_traffic", endpoint=endpoint, weights=params.weights(weights))
 
-    def shadow_traffic(self, endpoint_name: str, backend_tag: str, proportion: float) -> None:
+    def shadow_traffic(self, endpoint: str, tag: str, proportion: float) -> None:
         """Send a share of an endpoint's requests to another backend too; its answers are ignored.
 
         proportion   in [0, 1]; 0 ends it
@@ -266,13 +266,13 @@ class Client:
         Raises ArgumentError (not a number in [0, 1]) and ConfigError (unknown endpoint or backend).
         """
         self._instance.check()
-        params.text("endpoint name", endpoint_name)
-        params.text("backend tag", backend_tag)
+        params.text("endpoint", endpoint)
+        params.text("tag", tag)
         share = params.number(proportion)
-        self._instance.call("shadow_traffic", endpoint=endpoint_name, tag=backend_tag, proportion=share)
+        self._instance.call("shadow_traffic", endpoint=endpoint, tag=tag, proportion=share)
 
     def get_handle(
-        self, endpoint_name: str, missing_ok: bool = False, sync: bool = True
+        self, endpoint: str, missing_ok: bool = False, sync: bool = True
     ) -> ServeHandle | AsyncServeHandle:
         """Something to call an endpoint with from Python.
 
@@ -284,7 +284,7 @@ class Client:
         from headgate.handle import make_handle
 
         self._instance.check()
-        return make_handle(self._instance, endpoint_name, missing_ok, sync)
+        return make_handle(self._instance, endpoint, missing_ok, sync)
 
     # --- the instance ---
 
@@ -342,7 +342,8 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.shutdown()
+        if self._ending is not None:
+            self.shutdown()
 
     def __reduce__(self) -> NoReturn:
         raise InstanceError(

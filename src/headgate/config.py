@@ -292,12 +292,28 @@ class _Options:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return self._values == other._values
+        return all(_same(value, other._values[name]) for name, value in self._values.items())
 
     __hash__ = None  # type: ignore[assignment]  # it can change
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.given)
+
+
+def _same(one: object, other: object) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # noqa: BLE001 - arrays have no single truth: those that pickle alike are equal
+        return _pickled(one) == _pickled(other)
+
+
+def _pickled(value: object) -> object:
+    import pickle
+
+    try:
+        return pickle.dumps(value)
+    except Exception:  # noqa: BLE001 - whatever an object's __reduce__ raises; it is equal to itself only
+        return object()
 
 
 Kind = TypeVar("Kind", bound=_Options)
@@ -312,6 +328,9 @@ def _rebuild(kind: type[Kind], values: Mapping[Any, Any]) -> Kind:
 
 class BackendConfig(_Options):
     """How a backend runs. An update changes only the fields that are `given`.
+
+    `graceful_shutdown_wait_loop_s` is accepted from old programs and ignored: draining ends the
+    moment the last request does. A backend's config always shows its default.
 
     >>> BackendConfig(num_replicas="2").given
     {'num_replicas': 2}
@@ -329,7 +348,6 @@ class BackendConfig(_Options):
     request_timeout_s = Field(None, optional(positive), "seconds")
     idempotent = Field(False, boolean)
     graceful_shutdown_timeout_s = Field(20.0, positive, "seconds")
-    #: Accepted for programs that set it; draining here ends the moment the last request does.
     graceful_shutdown_wait_loop_s = Field(2.0, positive, "seconds")
     health_check_period_s = Field(10.0, positive, "seconds")
     health_check_timeout_s = Field(30.0, positive, "seconds")
@@ -337,6 +355,7 @@ class BackendConfig(_Options):
     _aliases: ClassVar[dict[str, str]] = {
         "experimental_graceful_shutdown_timeout_s": "graceful_shutdown_timeout_s",
         "experimental_graceful_shutdown_wait_loop_s": "graceful_shutdown_wait_loop_s",
+        "batch_wait_timeout_s": "batch_wait_timeout",  # as core.state.Settings calls it
     }
 
 

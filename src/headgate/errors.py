@@ -143,7 +143,8 @@ class BackendError(RequestError):
     """User code raised.
 
     What a handle's caller gets is an instance of this *and* of the user's own exception
-    class where that class can be rebuilt here (see `wrap`).
+    class where that class can be rebuilt here (see `wrap`). Its text is the user's; the traceback
+    in the replica is shown below it, and stands in `remote_traceback`.
     """
 
     code = "BACKEND_ERROR"
@@ -166,13 +167,19 @@ class BackendError(RequestError):
             error.__dict__.update(cause.__dict__)
         except (TypeError, ValueError, AttributeError):  # final class, foreign layout, odd constructor
             error = BackendError(f"{kind.__name__}: {cause}")
-        error.remote_traceback = remote_traceback
-        error.__cause__ = cause
+        error.told(remote_traceback)
         return error
 
+    def told(self, remote_traceback: str) -> None:
+        """Keep the replica's traceback, and have it shown wherever this error's own is."""
+        self.remote_traceback = remote_traceback
+        if remote_traceback:
+            self.add_note(f"\nIn the replica:\n{remote_traceback}")
+
     def __str__(self) -> str:
-        text = f"{type(self).__name__}: {', '.join(map(str, self.args))}" if self.args else type(self).__name__
-        return f"{text}\n\n{self.remote_traceback}" if self.remote_traceback else text
+        mro = type(self).__mro__[1:]
+        users = next(kind for kind in mro if "__str__" in kind.__dict__ and not issubclass(kind, HeadgateError))
+        return str(users.__str__(self)) or ", ".join(map(str, self.args))  # some need their __init__ for it
 
 
 _BY_NAME: Mapping[str, type[HeadgateError]] = {

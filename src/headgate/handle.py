@@ -25,8 +25,9 @@ from headgate import instance as instances
 from headgate.calls import Call, Options, Target
 from headgate.engine.directory import read_token
 from headgate.errors import ArgumentError, ConfigError, InstanceError
-from headgate.lanes import ENDED, Lane, lane_of, no_endpoint
+from headgate.lanes import Lane, lane_of, no_endpoint
 from headgate.refs import ObjectRef, block_until, has_refs, submit_with_refs, wake
+from headgate.wire.control import OVER
 
 if TYPE_CHECKING:
     from headgate.instance import Instance
@@ -71,7 +72,7 @@ class _Reach:
             with self._lock:
                 instance = self._instance = self._join()
         if not instance.usable:
-            raise InstanceError(ENDED)
+            raise InstanceError(OVER)
         return instance
 
     def _join(self) -> Instance:
@@ -233,7 +234,7 @@ def make_handle(
 ) -> ServeHandle | AsyncServeHandle:
     """A handle of `endpoint`. EndpointNotFound, a KeyError, if it is not there and that is not ok."""
     if not isinstance(endpoint, str):
-        raise ArgumentError(f"endpoint_name must be a str, got {type(endpoint).__name__}")
+        raise ArgumentError(f"endpoint must be a str, got {type(endpoint).__name__}")
     instance.follow()
     if not missing_ok and instance.endpoint(endpoint) is None:
         raise no_endpoint(instance, endpoint)

@@ -20,13 +20,12 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from headgate.core.state import Endpoint, Snapshot
-from headgate.errors import InstanceError
+from headgate.errors import ControllerUnavailable, InstanceError
 from headgate.router import Router
 from headgate.wire import messages
 from headgate.wire.control import OVER, ControlClient
+from headgate.wire.pending import SILENCE_S, SILENT
 from headgate.wire.thread import HeadgateThread
-
-_FIRST_SNAPSHOT_S = 10.0
 
 _joined: WeakValueDictionary[str, Instance] = WeakValueDictionary()
 _join_lock = threading.Lock()
@@ -54,6 +53,7 @@ class Instance:
         self._lock = threading.Lock()
         self._leave: Callable[[], object] = lambda: None
         self._when_gone: list[Callable[[], object]] = []
+        self._watchers: set[Callable[[], object]] = set()
 
     # --- joining ---
 
@@ -112,19 +112,23 @@ class Instance:
             function()
 
     def follow(self) -> None:
-        """Have snapshots from now on; returns once the first is here."""
+        """Have snapshots from now on; returns once the first is here. Raises ControllerUnavailable."""
         if not self._following[0]:
             self._following[0] = True
             self.thread.loop.call_soon_threadsafe(self.control.tell, messages.Follow())
         if not self.snapshot.version:
-            self.thread.run(self.control.newer_than(0), _FIRST_SNAPSHOT_S)
+            try:
+                self.thread.run(self.control.newer_than(0), SILENCE_S)
+            except TimeoutError:
+                raise ControllerUnavailable(SILENT) from None
 
     # --- control calls ---
 
     def call(self, method: str, /, timeout_s: float | None = None, **params: Any) -> Any:
         """A call of the controller, from any thread but the headgate thread; blocks until answered.
 
-        Raises what the controller raises; InstanceError when the instance is over; TimeoutError.
+        Raises what the controller raises; ControllerUnavailable when it gives no sign of life;
+        InstanceError when the instance is over; TimeoutError.
         """
         self.check()
         return self.thread.run(self.control.call(method, params), timeout_s)
@@ -145,6 +149,17 @@ class Instance:
                     loop.call_soon_threadsafe(router.follow, snapshot)
                 except RuntimeError:  # that loop was closed
                     pass
+
+        for watcher in list(self._watchers):
+            watcher()
+
+    def watch(self, watcher: Callable[[], object]) -> None:
+        """Call `watcher()` after each new snapshot, on the headgate thread, until `unwatch`."""
+        self._watchers.add(watcher)
+
+    def unwatch(self, watcher: Callable[[], object]) -> None:
+        """The end of `watch`."""
+        self._watchers.discard(watcher)
 
     def router(self) -> Router:
         """The router of the running loop, following the newest snapshot."""
@@ -236,10 +251,16 @@ def own() -> Instance | None:
 
 
 def join(directory: str, token: bytes) -> Instance:
-    """Take part in a running instance, once per process. Raises InstanceError if it does not run."""
+    """Take part in a running instance, once per process.
+
+    Raises InstanceError if it does not run, and ControllerUnavailable if nobody answers there.
+    """
     known = joined(directory)
     if known is not None:
         return known
     instance = Instance(directory, token, f"client-{os.getpid()}-{os.urandom(4).hex()}")
-    instance.join()
+    try:
+        instance.join(timeout_s=SILENCE_S)
+    except TimeoutError:
+        raise ControllerUnavailable(SILENT) from None
     return instance

@@ -21,13 +21,11 @@ from headgate.calls import Call
 from headgate.errors import EndpointNotFound, InstanceError, RequestCancelled, RequestTimeout
 from headgate.instance import Instance
 from headgate.router import Router
+from headgate.wire.control import OVER
 
 #: How long a call of a handle with missing_ok waits for its endpoint.
 MISSING_S = 5.0
-_POLL_S = 0.02  # how often it looks
 _SWEEP_S = 0.25  # how soon a call notices that its instance has ended
-
-ENDED = "this instance has already been shut down, or has ended; call headgate.start() for a new one"
 
 
 class Lane:
@@ -41,7 +39,7 @@ class Lane:
         self._router: Router | None = None
         self._arrived: deque[Call] = deque()
         self._scheduled = False
-        self._missing: dict[Call, float] = {}  # -> when it gives up
+        self._missing: dict[Call, asyncio.TimerHandle] = {}  # -> what ends its patience
         self._sweeper: asyncio.TimerHandle | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -70,7 +68,7 @@ class Lane:
             self.loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
             raise InstanceError(
-                ENDED if self.closed or not self.instance.usable else "the event loop of this call is closed"
+                OVER if self.closed or not self.instance.usable else "the event loop of this call is closed"
             ) from None
 
     # --- on the loop ---
@@ -89,7 +87,7 @@ class Lane:
         if router is None or router.closed:
             router = self._open()
             if router is None:
-                call.on_failure(InstanceError(ENDED))
+                call.on_failure(InstanceError(OVER))
                 return
         snapshot = self.instance.snapshot
         if router.snapshot is not snapshot:
@@ -118,7 +116,7 @@ class Lane:
         if call.done:
             return
         call.gone = True
-        self._missing.pop(call, None)
+        self._forget(call)
         if self._router is not None and call.backend is not None:
             self._router.cancel(call)
         call.on_failure(RequestCancelled("the request was cancelled by its caller"))
@@ -129,27 +127,38 @@ class Lane:
         if not call.target.missing_ok:
             call.on_failure(no_endpoint(self.instance, call.target.endpoint))
             return
-        if not self._missing:
-            self.loop.call_later(_POLL_S, self._look)
-        self._missing[call] = min(self.loop.time() + MISSING_S, call.deadline)
+        until = min(self.loop.time() + MISSING_S, call.deadline)
+        self._missing[call] = self.loop.call_at(until, self._give_up, call, until == call.deadline)
+        if len(self._missing) == 1:
+            self.instance.watch(self._changed)
+            self.loop.call_soon(self._look)  # it may have come before the watch began
+
+    def _changed(self) -> None:
+        try:
+            self.run(self._look)
+        except InstanceError:  # the loop was closed, and its calls with it
+            self.instance.unwatch(self._changed)
 
     def _look(self) -> None:
-        now = self.loop.time()
-        waiting, self._missing = self._missing, {}
-        for call, until in waiting.items():
-            if call.done:
-                continue
-            name = call.target.endpoint
-            if self.instance.endpoint(name) is not None:
+        for call in list(self._missing):
+            if self.instance.endpoint(call.target.endpoint) is not None:
+                self._forget(call)
                 self.submit(call)
-            elif now < until:
-                self._missing[call] = until
-            elif until == call.deadline:
-                call.on_failure(RequestTimeout(f"endpoint {name!r} was not there before the deadline"))
-            else:
-                call.on_failure(no_endpoint(self.instance, name, f" within {MISSING_S:g} s"))
-        if self._missing:
-            self.loop.call_later(_POLL_S, self._look)
+
+    def _give_up(self, call: Call, at_its_deadline: bool) -> None:
+        self._forget(call)
+        name = call.target.endpoint
+        if at_its_deadline:
+            call.on_failure(RequestTimeout(f"endpoint {name!r} was not there before the deadline"))
+        else:
+            call.on_failure(no_endpoint(self.instance, name, f" within {MISSING_S:g} s"))
+
+    def _forget(self, call: Call) -> None:
+        timer = self._missing.pop(call, None)
+        if timer is not None:
+            timer.cancel()
+            if not self._missing:
+                self.instance.unwatch(self._changed)
 
     # --- its end ---
 
@@ -191,9 +200,10 @@ class Lane:
         self._fail_all()
 
     def _fail_all(self) -> None:
-        self._missing.clear()
+        for call in list(self._missing):
+            self._forget(call)
         error = InstanceError(
-            ENDED if not self.instance.usable else "the event loop of this call ended before its answer came"
+            OVER if not self.instance.usable else "the event loop of this call ended before its answer came"
         )
         for call in list(self.pending):
             call.on_failure(error)

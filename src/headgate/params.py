@@ -13,11 +13,6 @@ from typing import Any
 from headgate import config as configs
 from headgate.errors import ArgumentError, ConfigError, HeadgateError, SerializationError
 
-#: Fields that old programs set and that mean nothing here.
-_IGNORED = frozenset({"graceful_shutdown_wait_loop_s"})
-#: Settings whose name carries a unit that the config field's does not.
-_RENAMED = {"batch_wait_timeout_s": "batch_wait_timeout"}
-
 
 def text(what: str, value: object) -> str:
     """`value`, a str that is not empty and travels; raises ArgumentError or ConfigError."""
@@ -51,25 +46,41 @@ def weights(policy: object) -> dict[str, Any]:
     return {tag if isinstance(tag, str) else repr(tag): number(share) for tag, share in policy.items()}
 
 
-def route(name: str, value: object) -> str | None:
-    """An endpoint's route; raises ArgumentError unless it is None or a str that starts with "/"."""
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ArgumentError(f'endpoint {name!r}: route must be a str that starts with "/", got {value!r}')
-    return text(f"endpoint {name!r}: route", value)
-
-
-def methods(name: str, value: object) -> list[str]:
-    """An endpoint's methods; raises ArgumentError unless they are a list of str."""
-    if not isinstance(value, list) or not all(isinstance(method, str) for method in value):
+def methods(name: str, value: object) -> Any:
+    """An endpoint's methods; raises ArgumentError for what would arrive as a list and is none."""
+    if not isinstance(value, list):
         raise ArgumentError(f"endpoint {name!r}: methods must be a list of str, got {value!r}")
-    return [text(f"endpoint {name!r}: a method", method) for method in value]
+    return value
+
+
+def check_certificate(options: configs.HTTPOptions) -> None:
+    """Raises ConfigError if the proxies could not serve HTTPS with these files."""
+    if options.ssl_certfile is None:
+        return
+    import ssl
+
+    for field in ("ssl_certfile", "ssl_keyfile"):
+        path = getattr(options, field)
+        try:
+            if path is not None:
+                open(path, "rb").close()
+        except OSError as error:
+            raise ConfigError(f"HTTPOptions.{field}: cannot read {path!r}: {error.strerror}") from None
+    try:  # an encrypted key is an error, as in the proxy: there is nobody to ask for its password
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            options.ssl_certfile, options.ssl_keyfile, password=lambda: ""
+        )
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"HTTPOptions.ssl_certfile: {options.ssl_certfile!r} with the private key in "
+            f"{options.ssl_keyfile or options.ssl_certfile!r} cannot be used: {error}; both must be PEM, belong "
+            "together, and the key must not be encrypted"
+        ) from None
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
     """The config fields that were set. Raises SerializationError if the user_config does not pickle."""
-    fields = {name: value for name, value in given.items() if name != "user_config" and name not in _IGNORED}
+    fields = {name: value for name, value in given.items() if name != "user_config"}
     packed = pack("user_config", given["user_config"]) if "user_config" in given else None
     return {"given": fields, "user_config": packed}
 
@@ -92,7 +103,7 @@ def pack(what: str, value: object) -> bytes:
 
 def backend_config(shown: Mapping[str, Any]) -> configs.BackendConfig:
     """The config that the controller describes."""
-    fields = {_RENAMED.get(name, name): value for name, value in shown["settings"].items()}
+    fields = dict(shown["settings"])
     if shown["user_config"] is not None:
         fields["user_config"] = pickle.loads(shown["user_config"])
     return configs.BackendConfig(**fields)

@@ -434,6 +434,63 @@ async def test_routers_learn_why_nobody_serves(world: World) -> None:
 
 
 @instance()
+async def test_the_reason_is_one_short_line_and_gone_when_one_is_ready(world: World) -> None:
+    await world.create()
+    name = next(iter(world.store.texts))
+    world.store.texts[name] = "raise: the constructor raised\n\nTraceback ...\nOSError: " + 5000 * "x"
+    world.engine.crash("b#0001")
+    await asyncio.sleep(1.0)
+    assert world.view().trouble.startswith("its replicas fail: OSError: xxx")
+    assert len(world.view().trouble) < 300
+
+    world.store.texts[name] = "fine"
+    await asyncio.sleep(10.0)
+    assert world.served()
+    assert world.view().trouble == ""
+
+
+@instance(proxies=1)
+async def test_a_proxy_that_is_not_up_is_waited_for(world: World) -> None:
+    assert (await world.status())["waiting"] == []
+    for proxy in world.living("proxy"):
+        world.engine.crash(proxy)
+    world.engine.peers.clear()
+    world.engine.broken_proxy = "exited with status 1"
+    await asyncio.sleep(2.0)
+    (text,) = (await world.status())["waiting"]
+    assert text.startswith("0 of 1 HTTP proxies are up")
+    assert "exited with status 1" in text
+    assert "next try in" in text
+
+
+@instance()
+async def test_a_failed_update_is_no_restart_of_the_version_that_serves(world: World) -> None:
+    await world.create(num_replicas=1)
+    with pytest.raises(BackendStartError, match="no luck"):
+        await world.update(code="raise: no luck")
+    (one,) = [each for each in (await world.status())["replicas"] if each["state"] == "ready"]
+    assert (one["restarts"], one["last_error"]) == (0, "")
+
+
+@instance()
+async def test_what_is_asked_for_and_has_no_process_is_no_replica_yet(world: World) -> None:
+    creating = asyncio.ensure_future(world.create())
+    await asyncio.sleep(START_S / 2)
+    world.controller.fleet.ask(world.controller.deployments.candidates()[0], now())
+    assert [one["id"] for one in (await world.status())["replicas"]] == ["b#0001"]
+    await creating
+
+
+@instance()
+async def test_a_health_check_that_hangs_is_reported_once(world: World) -> None:
+    await world.create()
+    world.controller.on_event(_health("b#0001", "check_health did not return in 30 s", hangs=True))
+    await asyncio.sleep(2.0)
+    assert world.served() == ["b#0002"]
+    assert world.living() == ["b#0002"]
+
+
+@instance()
 async def test_a_replica_that_is_unhealthy_three_times_is_replaced(world: World) -> None:
     await world.create()
     for error in ("ill", "ill", "", "ill", "ill"):
@@ -448,10 +505,10 @@ async def test_a_replica_that_is_unhealthy_three_times_is_replaced(world: World)
     assert [id for id, _ in world.told(messages.Drain)] == ["b#0001"]
 
 
-def _health(id: str, error: str) -> Any:
+def _health(id: str, error: str, *, hangs: bool = False) -> Any:
     from headgate.engine.interface import Reported
 
-    return Reported(id, messages.Health(error))
+    return Reported(id, messages.Health(error, hangs))
 
 
 @instance(proxies=1)

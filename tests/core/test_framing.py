@@ -128,6 +128,17 @@ def test_a_big_frame_that_comes_in_pieces_gets_a_buffer_of_its_own():
     assert (frame[6], frame[7]) == (0, len(LARGE[-1]))
 
 
+def test_a_big_frame_may_be_fed_too_and_what_follows_it_is_not_lost():
+    framer = Framer()
+    stream = encode(*LARGE) + STREAM
+
+    got = decode(framer.feed(stream[: BIG // 2]))
+    got += decode(framer.feed(stream[BIG // 2 : BIG // 2 + 10]))
+    got += decode(framer.feed(stream[BIG // 2 + 10 :]))
+
+    assert got == [LARGE, *SMALL]
+
+
 def test_a_big_frame_that_comes_whole_is_not_copied():
     stream = encode(*LARGE)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headgate.core.lifecycle import (
     DRAIN,
@@ -79,3 +81,26 @@ def test_what_cannot_happen_is_an_error_that_names_both(phase, event):
 @pytest.mark.parametrize("event", EVENTS)
 def test_only_who_was_meant_to_go_on_fails(phase, event):
     assert is_failure(phase, event) == (phase in (STARTING, READY) and event in (FAILED, ENDED))
+
+
+@given(st.lists(st.sampled_from(EVENTS), max_size=30))
+def test_whatever_happens_a_life_goes_one_way_and_ends_with_its_process(events):
+    phase, lived = STARTING, [STARTING]
+    for event in events:
+        try:
+            following = after(phase, event)
+        except ProtocolError:  # refused, and nothing has changed
+            assert (phase, event) not in POSSIBLE
+            continue
+        assert following in PHASES
+        assert PHASES.index(following) >= PHASES.index(phase)
+        assert phase != GONE or following == GONE
+        assert phase != STOPPING or following in (STOPPING, GONE)
+        assert (following == GONE) == (phase == GONE or event == ENDED)
+        phase = following
+        lived.append(phase)
+
+    assert DRAINED not in lived or DRAINING in lived
+    assert DRAINING not in lived or READY in lived
+    assert (phase == GONE) == (ENDED in events)
+    assert after(phase, ENDED) == GONE

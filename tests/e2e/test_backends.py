@@ -56,6 +56,10 @@ def pid(request: Any) -> int:
     return os.getpid()
 
 
+def no_request(one: Any, two: Any) -> None:
+    """Nothing that a backend can be."""
+
+
 class Doubler:
     """A class that can be imported."""
 
@@ -309,8 +313,10 @@ def test_code_that_does_not_pickle_is_named(client: headgate.Client) -> None:
 def test_gpus_that_are_not_there_are_named(client: headgate.Client) -> None:
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has GPUs")
-    with pytest.raises(headgate.HeadgateError, match=r"(?i)gpu"):
+    with pytest.raises(BackendStartError, match=r"'it'.*num_gpus=1 cannot be given") as error:
         client.create_backend("it", pid, ray_actor_options={"num_gpus": 1})
+    assert "#" not in str(error.value)
+    assert "mend its code" not in str(error.value)
     assert client.list_backends() == {}
 
 
@@ -365,8 +371,6 @@ class AsyncExplodes(Explodes):
         (ExplodesLater, {"user_config": 1}, ("KeyError: 'no such setting'", "in reconfigure")),
         ("nowhere.to_be:found", {}, ("nowhere",)),
         ("test_backends:nothing", {}, ("nothing",)),
-        ("os:sep", {}, ("got str",)),
-        ("test_backends:pid", {"max_batch_size": 4}, ("accept_batch",)),
     ],
 )
 def test_a_backend_that_does_not_start_says_why_and_leaves_nothing(
@@ -376,12 +380,37 @@ def test_a_backend_that_does_not_start_says_why_and_leaves_nothing(
     with pytest.raises(headgate.HeadgateError) as error:
         client.create_backend("it", code, config=config)
     assert time.monotonic() - begun < 5.0
-    assert isinstance(error.value, BackendStartError | ConfigError | ArgumentError)
+    assert isinstance(error.value, BackendStartError)
     for text in texts:
         assert text in str(error.value)
     assert client.list_backends() == {}
     eventually(lambda: client.status().replicas == ())
     client.create_backend("it", pid)  # the tag is free
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "kind", "texts"),
+    [
+        (("os:sep",), {}, ArgumentError, ("os:sep", "got str")),
+        (("test_backends:no_request",), {}, ArgumentError, ("no_request", "one positional argument")),
+        (("test_backends:pid", 1), {}, ConfigError, ("pid", "init args")),
+        (("test_backends:pid",), {"max_batch_size": 4}, ConfigError, ("max_batch_size is 4", "@accept_batch")),
+    ],
+)
+def test_an_import_path_is_refused_as_the_object_would_be(
+    client: headgate.Client,
+    arguments: tuple[Any, ...],
+    config: dict[str, Any],
+    kind: type[headgate.HeadgateError],
+    texts: tuple[str, ...],
+) -> None:
+    with pytest.raises(kind) as error:
+        client.create_backend("it", *arguments, config=config)
+    assert type(error.value) is kind
+    for text in ("'it'", *texts):
+        assert text in str(error.value)
+    assert "mend its code" not in str(error.value)
+    assert client.list_backends() == {}
 
 
 def test_code_of_a_module_that_the_replica_cannot_find_is_named(
@@ -571,6 +600,70 @@ def test_a_first_user_config_that_is_refused_leaves_the_class_as_it_was(client: 
     assert client.get_backend_config("it").user_config is None
 
 
+# --- threads ---
+
+
+class Threads:
+    """Notes on which thread, and if async on which loop, each part of it ran."""
+
+    def __init__(self) -> None:
+        self.threads = {"constructor": threading.get_ident()}
+        self.loops: list[Any] = []
+
+    def note(self, what: str) -> None:
+        self.threads[what] = threading.get_ident()
+
+    async def note_async(self, what: str) -> None:
+        await asyncio.sleep(0)
+        self.note(what)
+        self.loops.append(asyncio.get_running_loop())
+
+    def reconfigure(self, config: Any) -> None:
+        self.note(f"reconfigure {config}")
+
+    def check_health(self) -> None:
+        self.note("check_health")
+
+    def found(self) -> tuple[list[str], int, int]:
+        """What ran, on how many threads, on how many loops."""
+        return sorted(self.threads), len(set(self.threads.values())), len(set(map(id, self.loops)))
+
+    def __call__(self, request: Any) -> Any:
+        self.note("call")
+        return self.found()
+
+
+class AsyncHooks(Threads):
+    async def reconfigure(self, config: Any) -> None:  # type: ignore[override]
+        await self.note_async(f"reconfigure {config}")
+
+    async def check_health(self) -> None:  # type: ignore[override]
+        await self.note_async("check_health")
+
+
+class AsyncCall(Threads):
+    async def __call__(self, request: Any) -> Any:
+        await self.note_async("call")
+        return self.found()
+
+
+class AsyncAll(AsyncHooks):
+    async def __call__(self, request: Any) -> Any:
+        await self.note_async("call")
+        return self.found()
+
+
+@pytest.mark.parametrize(("kind", "loops"), [(Threads, 0), (AsyncHooks, 1), (AsyncCall, 1), (AsyncAll, 1)])
+def test_a_class_runs_on_one_thread(client: headgate.Client, kind: Any, loops: int) -> None:
+    config = {"user_config": 1, "health_check_period_s": 0.05}
+    client.create_backend("it", kind, config=config)
+    client.update_backend_config("it", {"user_config": 2})
+    handle = handle_of(client, "it")
+    found = eventually(lambda: "check_health" in (seen := handle.call())[0] and seen)
+    parts = ["call", "check_health", "constructor", "reconfigure 1", "reconfigure 2"]
+    assert found == (parts, 1, loops)
+
+
 # --- update_backend ---
 
 
@@ -754,6 +847,62 @@ def test_an_unhealthy_replica_is_replaced(client: headgate.Client, tmp_path: Pat
     eventually(lambda: len(pids(client)) == 1)
     assert ask(client, "it") != first
     assert "I have a cold" in client.status().replicas[0].last_error
+
+
+class Hangs:
+    """Its check_health does not return while a file is there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def check_health(self) -> None:
+        while os.path.exists(self.path):
+            time.sleep(0.02)
+
+    def __call__(self, request: Any) -> int:
+        time.sleep(request.data or 0)
+        return os.getpid()
+
+
+class HangsAwaiting(Hangs):
+    async def check_health(self) -> None:  # type: ignore[override]
+        while os.path.exists(self.path):
+            await asyncio.sleep(0.02)
+
+    async def __call__(self, request: Any) -> int:  # type: ignore[override]
+        return super().__call__(request)
+
+
+class HangsItsLoop(Hangs):
+    async def __call__(self, request: Any) -> int:  # type: ignore[override]
+        return super().__call__(request)
+
+
+@pytest.mark.parametrize("kind", [Hangs, HangsAwaiting, HangsItsLoop])
+def test_a_replica_whose_check_health_does_not_return_is_replaced(
+    client: headgate.Client, tmp_path: Path, kind: Any
+) -> None:
+    path = tmp_path / "hang"
+    config = {"health_check_period_s": 0.05, "health_check_timeout_s": 1, "graceful_shutdown_timeout_s": 0.5}
+    client.create_backend("it", kind, str(path), config=config)
+    first = ask(client, "it")
+    path.touch()
+    eventually(lambda: pids(client) not in ([], [first]))
+    path.unlink()
+    assert ask(client, "it") != first
+    assert "check_health did not return in 1 s" in client.status().replicas[0].last_error
+    eventually(lambda: len(client.status().replicas) == 1)
+
+
+@pytest.mark.parametrize("kind", [Hangs, HangsAwaiting, HangsItsLoop])
+def test_a_busy_thread_is_not_unhealthy(client: headgate.Client, tmp_path: Path, kind: Any) -> None:
+    config = {"health_check_period_s": 0.02, "health_check_timeout_s": 0.3}
+    client.create_backend("it", kind, str(tmp_path / "hang"), config=config)
+    first = ask(client, "it")
+    assert ask(client, "it", 1.8) == first
+    time.sleep(0.2)
+    assert pids(client) == [first]
+    assert client.status().replicas[0].restarts == 0
 
 
 # --- at once ---

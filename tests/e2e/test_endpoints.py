@@ -67,7 +67,6 @@ def test_it_is_in_force_when_the_call_returns(serve: headgate.Client) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "text"),
     [
-        ({}, TypeError, "backend"),
         ({"backend": None}, TypeError, "backend"),
         ({"backend": one}, TypeError, "function"),
         ({"backend": 7}, TypeError, "int"),
@@ -94,6 +93,12 @@ def test_a_bad_endpoint_is_refused_and_nothing_changes(
         serve.create_endpoint("a", **arguments)
     assert isinstance(error.value, headgate.HeadgateError)
     assert text in str(error.value)
+    assert serve.list_endpoints() == {}
+
+
+def test_an_endpoint_needs_a_backend(serve: headgate.Client) -> None:
+    with pytest.raises(TypeError, match="'backend'"):
+        serve.create_endpoint("a")  # type: ignore[call-arg]
     assert serve.list_endpoints() == {}
 
 

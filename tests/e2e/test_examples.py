@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import needs
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -120,9 +120,9 @@ def test_routes_convert_their_parameters(start: Callable[[str], Example]) -> Non
     ended_well(example)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_digits_are_classified_for_curl_in_batches(start: Callable[[str], Example]) -> None:
-    pytest.importorskip("sklearn")
+    needs.program("curl")
+    needs.module("sklearn")
     example = start("digits.py")
     example.wait_for("/digits/0")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import leftovers
+import needs
 import pytest
 
 import headgate
@@ -86,7 +87,7 @@ def test_values_keep_their_types_over_either_handle(client: headgate.Client, cod
 
 
 def test_numpy_arrays_arrive_whole_and_writable(client: headgate.Client) -> None:
-    numpy = pytest.importorskip("numpy")
+    numpy = needs.module("numpy")
 
     def double(request: Any) -> Any:
         request.data["a"] *= 2
@@ -647,8 +648,8 @@ client.shutdown()
 
 
 def test_handles_work_in_a_notebook() -> None:
-    pytest.importorskip("jupyter_client")
-    pytest.importorskip("ipykernel")
+    needs.module("jupyter_client")
+    needs.module("ipykernel")
     run = subprocess.run(
         [sys.executable, "-c", NOTEBOOK],
         input=json.dumps([PROGRAM, CELL]),

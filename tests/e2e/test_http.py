@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import needs
 import pytest
 from running import eventually, one_instance
 from starlette.middleware import Middleware
@@ -523,8 +523,8 @@ def test_middlewares_stand_around_everything() -> None:
             assert len(http.get("/result/large?key=right").content) == 20 * MIB
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_tls(tmp_path: Path) -> None:
+    needs.program("openssl")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,9 +20,10 @@ from typing import Any
 import httpx
 import pytest
 from running import Script, eventually, instance_pids, is_alive, pid_of
+from starlette.middleware import Middleware
 
 import headgate
-from headgate import ConfigError, DeploymentMode, EndpointNotFound, HTTPOptions, InstanceError
+from headgate import ConfigError, ControllerUnavailable, DeploymentMode, EndpointNotFound, HTTPOptions, InstanceError
 
 NO_HTTP = {"location": None}
 
@@ -117,6 +119,15 @@ def test_the_old_arguments_still_work_and_warn(free_port: int) -> None:
         ({"engine": "kubernetes"}, ValueError, "engine"),
         ({"namespace": ""}, ValueError, "namespace"),
         ({"namespace": 3}, TypeError, "namespace"),
+        ({"detached": 1}, TypeError, "detached must be True or False, got 1"),
+        ({"detached": None}, TypeError, "detached"),
+        ({"http_options": {"ssl_certfile": "/no/cert.pem"}}, ValueError, "HTTPOptions.ssl_certfile: .*/no/cert.pem"),
+        (
+            {"http_options": {"ssl_certfile": __file__, "ssl_keyfile": "/no/key.pem"}},
+            ValueError,
+            "HTTPOptions.ssl_keyfile: .*/no/key.pem",
+        ),
+        ({"http_options": {"ssl_certfile": __file__}}, ValueError, "HTTPOptions.ssl_certfile: "),
     ],
 )
 def test_a_bad_option_is_named(options: dict[str, Any], kind: type[Exception], text: str, run_dir: Path) -> None:
@@ -155,10 +166,13 @@ def test_an_instance_that_cannot_start_leaves_nothing(run_dir: Path, tmp_path: P
     assert folders(run_dir) == []
 
 
-def test_a_proxy_that_does_not_start_is_an_error(tmp_path: Path, run_dir: Path) -> None:
-    (tmp_path / "cert.pem").write_text("this is no certificate")
+def no_middleware(app: Any) -> Any:
+    raise RuntimeError("it does not want to")
+
+
+def test_a_proxy_that_does_not_start_is_an_error(run_dir: Path) -> None:
     with pytest.raises(InstanceError, match="did not start"):
-        headgate.start(http_options={"port": 0, "ssl_certfile": str(tmp_path / "cert.pem")})
+        headgate.start(http_options={"port": 0, "middlewares": [Middleware(no_middleware)]})
     assert folders(run_dir) == []
 
 
@@ -547,6 +561,20 @@ def test_a_detached_instance_does_not_end_with_its_client(detached: headgate.Cli
     assert detached.status().backends == ()
 
 
+def test_the_end_of_a_with_block_ends_no_instance_that_was_connected_to(detached: headgate.Client) -> None:
+    with headgate.connect() as client:
+        client.create_backend("it", pid)
+    with pytest.raises(ZeroDivisionError), headgate.connect():
+        _ = 1 / 0
+    assert list(detached.list_backends()) == ["it"]
+
+
+def test_the_end_of_a_with_block_ends_a_detached_instance_that_was_started_here() -> None:
+    with headgate.start(detached=True, http_options=NO_HTTP) as client:
+        assert instance_pids(directory(client))
+    assert is_gone(client)
+
+
 # --- inside a backend ---
 
 
@@ -593,6 +621,17 @@ def test_a_client_inside_a_backend_ends_nothing(own: headgate.Client) -> None:
     own.create_endpoint("it", backend="it")
     handle = own.get_handle("it")
     assert [handle.call() for _ in range(3)] == [1, 1, 1]
+
+
+def test_a_with_block_inside_a_backend_ends_nothing(own: headgate.Client) -> None:
+    def look(request: Any) -> int:
+        with headgate.connect() as client:
+            return len(client.list_backends())
+
+    own.create_backend("it", look)
+    own.create_endpoint("it", backend="it")
+    handle = own.get_handle("it")
+    assert [handle.call() for _ in range(2)] == [1, 1]
 
 
 # --- status ---
@@ -691,6 +730,58 @@ def test_a_killed_controller_is_replaced_and_nobody_notices(own: headgate.Client
     assert sorted(one.pid for one in own.status().replicas) == before
 
 
+@contextlib.contextmanager
+def frozen(folder: str, title: str) -> Iterator[None]:
+    process = pid_of(folder, title)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def test_a_controller_that_gives_no_sign_of_life_is_an_error_until_it_does(detached: headgate.Client) -> None:
+    detached.create_backend("it", pid)
+    detached.create_endpoint("it", backend="it")
+    handle = detached.get_handle("it")
+    replica = handle.call()
+    with frozen(directory(detached), "headgate-ctl"), ThreadPoolExecutor() as pool:
+        begun = time.monotonic()
+        stranger = pool.submit(subprocess.run, [sys.executable, "-c", CONNECT], check=True, stdout=subprocess.PIPE)
+        change = pool.submit(detached.create_backend, "late", pid)
+        with pytest.raises(ControllerUnavailable, match=r"no sign of life for 5 s.*may or may not.*repeat"):
+            detached.list_backends()
+        with pytest.raises(ControllerUnavailable, match="create_backend"):
+            change.result()
+        assert b"no sign of life" in stranger.result().stdout
+        assert 4.0 < time.monotonic() - begun < 8.0
+        assert handle.call() == replica  # requests do not need it
+    assert set(detached.list_backends()) <= {"it", "late"}
+    with contextlib.suppress(ConfigError):  # it happened
+        detached.create_backend("late", pid)
+    assert list(detached.list_backends()) == ["it", "late"]
+
+
+CONNECT = """
+import headgate
+try:
+    headgate.connect()
+except headgate.ControllerUnavailable as error:
+    print(error)
+"""
+
+
+def test_a_call_may_take_longer_than_the_controller_may_be_silent(own: headgate.Client) -> None:
+    class Slow:
+        def __init__(self) -> None:
+            time.sleep(6.5)
+
+        def __call__(self, request: Any) -> None: ...
+
+    own.create_backend("slow", Slow)
+    assert list(own.list_backends()) == ["slow"]
+
+
 @pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.1])
 def test_a_call_during_which_the_controller_is_killed_is_repeated(own: headgate.Client, delay_s: float) -> None:
     class Slow:
@@ -757,6 +848,14 @@ def test_an_unknown_handle_is_an_error(own: headgate.Client) -> None:
 def test_importing_the_package_starts_nothing(script: Callable[..., Script]) -> None:
     run = script("import headgate, threading\nprint(threading.active_count(), headgate.ConfigError.__name__)")
     assert run.output() == "1 ConfigError\n"
+
+
+def test_a_config_field_that_means_nothing_here_is_accepted_and_ignored(own: headgate.Client) -> None:
+    own.create_backend("it", pid, config={"graceful_shutdown_wait_loop_s": 9, "batch_wait_timeout": 0.5})
+    own.update_backend_config("it", {"experimental_graceful_shutdown_wait_loop_s": 7})
+    shown = own.get_backend_config("it")
+    assert shown.graceful_shutdown_wait_loop_s == headgate.BackendConfig().graceful_shutdown_wait_loop_s
+    assert shown.batch_wait_timeout == 0.5
 
 
 def test_an_engine_is_local_by_default(own: headgate.Client) -> None:

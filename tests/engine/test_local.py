@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import leftovers
 import msgspec
 import pytest
 import tiny
@@ -23,18 +22,13 @@ from headgate.wire.control import Hub, Peer
 
 
 @pytest.fixture
-def instance(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tiny.Instance]:
-    watch = leftovers.Watch(f"{os.getpid()}.local", run_dir)
-    monkeypatch.setenv(leftovers.VARIABLE, f"{os.getpid()}.local")
+def instance() -> Iterator[tiny.Instance]:
     instance = tiny.Instance(main="tiny:supervise_replicas")
     try:
         instance.meet_controller()
         yield instance
     finally:
         instance.close()
-    found = watch.leftovers()
-    watch.clean()
-    assert not found
 
 
 class Controller:

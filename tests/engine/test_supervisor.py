@@ -18,17 +18,6 @@ from tiny import Driver, Instance, eventually
 from headgate.engine import asks, directory
 
 
-@pytest.fixture(autouse=True)
-def nothing_left(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """These tests start processes, so the rule of tests/e2e holds for them too."""
-    watch = leftovers.Watch(f"{os.getpid()}.supervisor", run_dir)
-    monkeypatch.setenv(leftovers.VARIABLE, f"{os.getpid()}.supervisor")
-    yield
-    found = watch.leftovers()
-    watch.clean()
-    assert not found
-
-
 @pytest.fixture
 def instance() -> Iterator[Instance]:
     tiny = Instance()

@@ -154,6 +154,32 @@ class Broken:
     def __init__(self, error):
         raise error
 
+    def __call__(self, request):
+        return None
+
+
+class Empty:
+    pass
+
+
+class OnlyNamed:
+    def predict(self, request):
+        return "predicted"
+
+
+def test_a_class_that_no_request_could_call_is_refused():
+    with pytest.raises(ArgumentError, match=r"'Empty' has no __call__"):
+        code.pack(Empty)
+
+
+def test_a_class_may_have_named_methods_only():
+    loaded = code.load(code.pack(OnlyNamed)[0])
+    loaded.construct()
+    assert not loaded.is_callable
+    assert loaded.method("predict").function(None) == "predicted"
+    with pytest.raises(EndpointNotFound):
+        loaded.method()
+
 
 # -- Packing
 
@@ -318,14 +344,14 @@ def test_a_class_without_call_has_its_other_methods():
 def test_hooks_are_found_and_described():
     model = loaded(Model)
 
-    assert (model.has_reconfigure, model.has_check_health) == (True, True)
+    assert model.has_check_health
     model.hook("reconfigure").function(9)
     assert model.instance.factor == 9
     assert model.hook("check_health").is_async
     assert not model.hook("check_health").takes_request
     assert model.hook("other") is None
     for without in (loaded(Called), loaded(plain)):
-        assert (without.has_reconfigure, without.has_check_health) == (False, False)
+        assert not without.has_check_health
         assert without.hook("reconfigure") is None
 
 

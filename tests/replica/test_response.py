@@ -15,6 +15,7 @@ import types
 import uuid
 
 import msgspec
+import needs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ from headgate.replica.response import (
     stream_kind,
 )
 
-numpy = pytest.importorskip("numpy")
+numpy = needs.module("numpy")
 
 
 class Color(enum.Enum):
@@ -285,7 +286,7 @@ def test_json_of_numpy_arrays_and_scalars(value, text):
 
 
 def test_json_of_pydantic_models():
-    pydantic = pytest.importorskip("pydantic")
+    pydantic = needs.module("pydantic")
 
     class Inner(pydantic.BaseModel):
         when: datetime.date

@@ -145,22 +145,6 @@ def _start(status: int, content_type_code: int) -> bytes:
     return start
 
 
-def simple_error(
-    status: int, text: str, request_id: bytes, date: bytes, *,
-    extra: bytes = b"", close: bool = False, http10: bool = False, method: str = "GET",
-) -> bytes:  # fmt: skip
-    """A whole reply in plain text. `extra` holds further fields, each with its CR LF: allow, retry-after."""
-    body = text.encode("utf-8", "replace")
-    block = b"content-type: %b\r\n%b" % (CONTENT_TYPES[1], extra)
-    head = reply_head_with(status, block, len(body), request_id, date, close, http10)
-    return head + body if has_body(status, method) else head
-
-
-def chunk(data: bytes) -> bytes:
-    """One chunk of a body; b"" for no data, since an empty chunk would end the body."""
-    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-
-
 _DAYS = (b"Mon", b"Tue", b"Wed", b"Thu", b"Fri", b"Sat", b"Sun")
 _MONTHS = (
     b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun", b"Jul", b"Aug", b"Sep", b"Oct", b"Nov", b"Dec",

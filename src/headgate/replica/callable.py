@@ -113,6 +113,11 @@ def check_code(target: object, init_args: tuple[object, ...] = ()) -> None:
         )
     if isinstance(target, type):
         stored = _own(target, "__call__")
+        if stored is None and not _public_methods(target):
+            raise ArgumentError(
+                f"backend class {_name(target)!r} has no __call__(self, request) and no other method that a request "
+                "could call; define one"
+            )
         has_self = hasattr(type(stored), "__get__") and not isinstance(stored, staticmethod | classmethod)
         if stored is not None and _takes_request(target.__call__, extra=int(has_self)) is None:
             raise ArgumentError(_cannot_be_called(f"{_name(target)}.__call__"))
@@ -203,14 +208,14 @@ class LoadedCallable:
         self._methods: dict[str, Method] = {}
 
     @property
-    def has_reconfigure(self) -> bool:
-        """Whether the class has a `reconfigure`."""
-        return self._has("reconfigure")
-
-    @property
     def has_check_health(self) -> bool:
         """Whether the class has a `check_health`."""
         return self._has("check_health")
+
+    @property
+    def is_callable(self) -> bool:
+        """Whether there is a `__call__`; a class may have other methods only."""
+        return self._has("__call__")
 
     def construct(self) -> None:
         """Build the instance of a class; BackendStartError with the traceback of what it raises."""
@@ -304,6 +309,11 @@ def _own(kind: type, name: str) -> Any:
         if name in base.__dict__:
             return base.__dict__[name]
     return None
+
+
+def _public_methods(kind: type) -> list[str]:
+    names = {name for base in kind.__mro__[:-1] for name in base.__dict__ if not name.startswith("_")}
+    return [name for name in names if name not in _HOOKS and callable(getattr(kind, name, None))]
 
 
 def _layers(target: Any) -> list[Any]:

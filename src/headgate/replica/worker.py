@@ -65,7 +65,7 @@ class Worker:
         self.draining = False
         self.fenced: dict[str, int] = {}
         self.links: set[CallerLink] = set()
-        self._default = loaded.method()
+        self._default = loaded.method() if loaded.is_callable else None
         self._expose = expose
         self._on_drained = on_drained
         self._plain_batches: Batcher[Job] = self._batcher()
@@ -116,7 +116,7 @@ class Worker:
     def take(self, job: Job) -> None:
         """A whole request arrived."""
         method = self._default
-        if job.flags & framing.HEAD:
+        if job.flags & framing.HEAD or method is None:
             try:
                 method = self.loaded.method(job.method_name)
             except HeadgateError as error:

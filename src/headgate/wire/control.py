@@ -2,8 +2,8 @@
 
 `Hub` is the controller's side: it accepts peers and hands their messages on. `ControlClient` is
 everybody else's: it stays connected through the controller's restarts, sends unanswered calls
-again, keeps the newest snapshot and acknowledges it once `on_snapshot` has made it the one in
-force. It lives on one event loop; a process whose loop belongs to its user runs it on a thread
+(pending.py) again, keeps the newest snapshot and acknowledges it once `on_snapshot` has made it
+the one in force. It lives on one event loop; a process whose loop belongs to its user runs it on a thread
 of headgate's own, thread.py.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 
 import msgspec
 
-from headgate import errors
 from headgate.core import framing
 from headgate.core.state import Snapshot
-from headgate.errors import ArgumentError, InstanceError, ProtocolError
+from headgate.errors import InstanceError, ProtocolError
 from headgate.wire import messages
 from headgate.wire.handshake import accept, dial
 from headgate.wire.link import Frame, Link, open_link
+from headgate.wire.pending import Pending
 
 log = logging.getLogger("headgate.control")
 
@@ -34,7 +34,6 @@ OVER = (
     "call headgate.start() for a new one"
 )
 _decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
-_encode = msgspec.msgpack.encode
 
 
 def _framed(message: Any) -> bytes:
@@ -176,6 +175,7 @@ class _Connection(Link):
         self._client = client
 
     def on_frames(self, frames: list[Frame]) -> None:
+        self._client._pending.heard()
         for kind, _, _, _, _, source, start, end in frames:
             if kind != framing.CONTROL:
                 raise ProtocolError(f"frame type {kind} on a control connection")
@@ -213,10 +213,8 @@ class ControlClient:
         self._token = token
         self._hello = hello
         self._link: _Connection | None = None
-        self._calls: dict[int, tuple[messages.Request, asyncio.Future[msgspec.Raw]]] = {}
-        self._count = 0
+        self._pending = Pending()
         self._connected_at = 0.0
-        self._name = os.urandom(8).hex()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._snapshot_waiters: list[tuple[int, asyncio.Future[None]]] = []
@@ -244,7 +242,7 @@ class ControlClient:
             self._link = link
             self._connected_at = asyncio.get_running_loop().time()
             self.tell(self._hello(self.snapshot.version))
-            for request, _ in self._calls.values():
+            for request in self._pending:
                 self.tell(request)
             return
 
@@ -256,23 +254,14 @@ class ControlClient:
     async def call(self, method: str, params: dict[str, Any]) -> Any:
         """The controller's answer to a call, repeated by itself when the controller is replaced.
 
-        Raises what the controller raised, and InstanceError when the instance is over.
+        Raises what the controller raised, ControllerUnavailable when it gives no sign of life, and
+        InstanceError when the instance is over.
         """
         if self.gone:
             raise InstanceError(OVER)
-        try:
-            packed = msgspec.Raw(_encode(params))
-        except (TypeError, OverflowError, UnicodeEncodeError) as error:
-            raise ArgumentError(f"{method}: an argument cannot be sent to the controller: {error}") from None
-        self._count += 1
-        request = messages.Request(self._count, f"{self._name}-{self._count}", method, packed)
-        answer: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
-        self._calls[request.id] = request, answer
-        try:
-            self.tell(request)
-            return msgspec.msgpack.decode(await answer)
-        finally:
-            self._calls.pop(request.id, None)
+        request = self._pending.add(method, params)
+        self.tell(request)
+        return await self._pending.answer(request)
 
     async def newer_than(self, version: int) -> None:
         """Wait until a snapshot newer than `version` is in force here."""
@@ -283,22 +272,13 @@ class ControlClient:
 
     def _received(self, message: messages.FromController) -> None:
         if isinstance(message, messages.Response):
-            self._answer(message)
+            self._pending.answered(message)
         elif isinstance(message, messages.Publish):
             self._take(message)
         elif isinstance(message, messages.Ping):
             self.tell(messages.Pong())
         else:
             self.on_message(message)
-
-    def _answer(self, response: messages.Response) -> None:
-        _, answer = self._calls.get(response.id, (None, None))
-        if answer is None or answer.done():
-            return
-        if response.error is not None:
-            answer.set_exception(errors.from_wire(*response.error))
-        else:
-            answer.set_result(response.value)
 
     def _take(self, publish: messages.Publish) -> None:
         if publish.version > self.snapshot.version:
@@ -328,9 +308,7 @@ class ControlClient:
         if self.gone:
             return
         self.gone = True
-        for _, answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(InstanceError(OVER))
+        self._pending.fail(InstanceError(OVER))
         for _, waiter in self._snapshot_waiters:
             if not waiter.done():
                 waiter.set_result(None)

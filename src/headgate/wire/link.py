@@ -32,7 +32,6 @@ PIECE_BYTES = 64 * 1024
 #: How much of a streamed answer may be under way before its reader grants more.
 WINDOW_BYTES = 256 * 1024
 _READ_BYTES = 256 * 1024
-_BIG = framing.BIG
 
 log = logging.getLogger("headgate.wire")
 

@@ -108,7 +108,8 @@ def decode_error(data: Buffer) -> HeadgateError:
             error = cause if isinstance(cause, BackendError) else BackendError.wrap(cause, traceback_text)
         except Exception:  # noqa: BLE001 - the user's class runs its own code while it is rebuilt
             error = BackendError(text)
-    error.remote_traceback = traceback_text
+    if error.remote_traceback != traceback_text:
+        error.told(traceback_text)
     return error
 
 
@@ -116,7 +117,7 @@ def error_text(error: BaseException) -> str:
     """ "TypeName: message", whatever the exception's own `__str__` does; no traceback."""
     name = type(error).__name__
     try:
-        shown = ", ".join(map(str, error.args)) if isinstance(error, BackendError) else str(error)
+        shown = str(error)
     except Exception:  # noqa: BLE001 - the user's class
         shown = "(its message cannot be shown)"
     return _shown(f"{name}: {shown}" if shown else name)
