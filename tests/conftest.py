@@ -13,7 +13,6 @@ from pathlib import Path
 import leftovers
 import pytest
 
-TESTS = Path(__file__).parent
 #: Folders whose tests start processes.
 GUARDED = {"controller", "e2e", "engine", "wire"}
 
@@ -22,7 +21,7 @@ _numbers = count(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def run_dir() -> Iterator[Path]:
-    """This session's $XDG_RUNTIME_DIR. Its path is short: a unix socket's may have 107 bytes."""
+    """The $XDG_RUNTIME_DIR of this run. Its path is short: a unix socket's may have 107 bytes."""
     before = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(tempfile.mkdtemp(prefix="hg-", dir="/tmp"))
     os.environ["XDG_RUNTIME_DIR"] = str(path)
@@ -43,7 +42,7 @@ def nothing_left_behind(request: pytest.FixtureRequest, run_dir: Path) -> Iterat
     Set up before and torn down after all other fixtures of the test, so that those may
     still end what they began. Fixtures of a wider scope come first and are not its business.
     """
-    if not GUARDED & set(request.path.relative_to(TESTS).parts):
+    if not GUARDED & set(request.path.parent.parts):
         yield
         return
     marker = f"{os.getpid()}.{next(_numbers)}"
@@ -58,6 +57,14 @@ def nothing_left_behind(request: pytest.FixtureRequest, run_dir: Path) -> Iterat
             watch.clean()
     if found:
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A folder of the test's own whose path is short enough for unix sockets."""
+    path = Path(tempfile.mkdtemp(prefix="hg-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture

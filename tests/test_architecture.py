@@ -8,6 +8,7 @@ An exception is a line in a table here, with its reason.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -318,3 +319,17 @@ class C:
         "re": (True, False),
         "subprocess": (False, False),
     }
+
+
+def test_the_tree_in_the_architecture_is_the_tree() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text().partition("## The tree")[2].split("```")[1]
+    written: set[str] = set()
+    package = ""
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            package = found[0] if (found := re.findall(r"^(\w+)/", line)) else ""
+        if package:
+            written |= {f"{package}.{name}" for name in re.findall(r"\w+\b(?!/)", line)}
+        else:
+            written |= set(re.findall(r"(\w+)\.py", line))
+    assert written == {name for name, path in MODULES.items() if path.name != "__init__.py"}

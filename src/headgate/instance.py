@@ -27,6 +27,8 @@ from headgate.wire.control import OVER, ControlClient
 from headgate.wire.pending import SILENCE_S, SILENT
 from headgate.wire.thread import HeadgateThread
 
+_FIRST_SNAPSHOT_S = 10.0
+
 _joined: WeakValueDictionary[str, Instance] = WeakValueDictionary()
 _join_lock = threading.Lock()
 
@@ -118,9 +120,11 @@ class Instance:
             self.thread.loop.call_soon_threadsafe(self.control.tell, messages.Follow())
         if not self.snapshot.version:
             try:
-                self.thread.run(self.control.newer_than(0), SILENCE_S)
+                self.thread.run(self.control.newer_than(0), _FIRST_SNAPSHOT_S)
             except TimeoutError:
-                raise ControllerUnavailable(SILENT) from None
+                raise ControllerUnavailable(
+                    f"the controller sent no snapshot within {_FIRST_SNAPSHOT_S:g} s; it is safe to try again"
+                ) from None
 
     # --- control calls ---
 

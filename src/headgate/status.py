@@ -26,7 +26,10 @@ class BackendStatus(Struct, frozen=True):
 
 
 class ReplicaStatus(Struct, frozen=True):
-    """One replica. `restarts` counts failures of its backend's version so far."""
+    """One replica. `restarts` counts failures of its backend's version so far.
+
+    `last_error` is the last line of the newest of them, or of a reconfigure that raised.
+    """
 
     id: str
     backend: str

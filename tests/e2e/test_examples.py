@@ -97,6 +97,26 @@ def test_hello_is_six_lines_and_says_hello(start: Callable[[str], Example]) -> N
     ended_well(example)
 
 
+def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "ask.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_an_example_is_asked_and_ended_with_one_command() -> None:
+    done = ask("hello.py", "/hello?name=Ada")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"hello": "Ada"}
+    assert "Traceback" not in done.stderr
+
+
+def test_asking_an_example_that_does_not_run_says_so() -> None:
+    done = ask("nothing.py", "/")
+    assert done.returncode == 1
+    assert "nothing.py" in done.stderr
+    assert "ended with status 2" in done.stderr
+    assert "ask.py digits.py" in ask().stderr
+
+
 def test_hello_ends_on_sigterm_too(start: Callable[[str], Example]) -> None:
     example = start("hello.py")
     example.wait_for("/hello")

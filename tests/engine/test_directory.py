@@ -21,34 +21,26 @@ def root(run_dir: Path, tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.fixture
-def short() -> Iterator[Path]:
-    """A folder of the test's own whose path is short enough for unix sockets."""
-    path = Path(tempfile.mkdtemp(prefix="hg-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
-
-
 def test_the_base_is_private_and_below_xdg_runtime_dir(run_dir: Path) -> None:
     assert directory.base() == f"{run_dir}/headgate"
     assert os.stat(directory.base()).st_mode & 0o777 == 0o700
 
 
 def test_without_xdg_runtime_dir_the_base_is_in_the_temporary_directory(
-    monkeypatch: pytest.MonkeyPatch, short: Path
+    monkeypatch: pytest.MonkeyPatch, short_dir: Path
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setenv("TMPDIR", str(short))
-    assert directory.base() == f"{short}/headgate-{os.geteuid()}"
+    monkeypatch.setenv("TMPDIR", str(short_dir))
+    assert directory.base() == f"{short_dir}/headgate-{os.geteuid()}"
 
 
 def test_a_place_too_long_for_unix_sockets_is_passed_over(
-    monkeypatch: pytest.MonkeyPatch, short: Path
+    monkeypatch: pytest.MonkeyPatch, short_dir: Path
 ) -> None:
-    (short / ("x" * 60)).mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short / ("x" * 60)))
-    monkeypatch.setenv("TMPDIR", str(short))
-    assert directory.base() == f"{short}/headgate-{os.geteuid()}"
+    (short_dir / ("x" * 60)).mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_dir / ("x" * 60)))
+    monkeypatch.setenv("TMPDIR", str(short_dir))
+    assert directory.base() == f"{short_dir}/headgate-{os.geteuid()}"
 
 
 def test_a_base_that_others_may_enter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

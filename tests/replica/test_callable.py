@@ -344,14 +344,14 @@ def test_a_class_without_call_has_its_other_methods():
 def test_hooks_are_found_and_described():
     model = loaded(Model)
 
-    assert model.has_check_health
+    assert (model.has_reconfigure, model.has_check_health) == (True, True)
     model.hook("reconfigure").function(9)
     assert model.instance.factor == 9
     assert model.hook("check_health").is_async
     assert not model.hook("check_health").takes_request
     assert model.hook("other") is None
     for without in (loaded(Called), loaded(plain)):
-        assert not without.has_check_health
+        assert (without.has_reconfigure, without.has_check_health) == (False, False)
         assert without.hook("reconfigure") is None
 
 

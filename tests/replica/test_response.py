@@ -1,4 +1,4 @@
-"""Results become answers as SPEC says: text, bytes, streams, JSON, Starlette's responses, errors."""
+"""Results become answers: text, bytes, streams, JSON, Starlette's responses, errors."""
 
 from __future__ import annotations
 

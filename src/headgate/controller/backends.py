@@ -17,7 +17,7 @@ from headgate import logs
 from headgate.core import goals as change
 from headgate.core import reconcile
 from headgate.core.state import BackendGoal, Facts, Goals
-from headgate.errors import BackendStartError
+from headgate.errors import HeadgateError
 
 if TYPE_CHECKING:
     from headgate.controller.controller import Controller
@@ -146,7 +146,7 @@ class Backends:
     async def _try_config(self, goal: BackendGoal) -> None:
         try:
             await self._controller.deploy(goal, _put)
-        except BackendStartError:
+        except HeadgateError:
             try:
                 async with asyncio.timeout(REVERT_S):
                     await self._settled(goal.tag)

@@ -296,7 +296,7 @@ class Controller:
             self._set_back(self.fleet.ended(event.id, event.cause, now))
             log.info("replica %s is gone: %s", event.id, event.cause)
         elif isinstance(event.message, messages.Health):
-            self.fleet.checked(event.id, event.message.error, now)
+            self.fleet.checked(event.id, event.message.error, now, hangs=event.message.hangs)
         else:
             self._on_report(event.id, event.message, now)
         self.poke()
@@ -318,9 +318,9 @@ class Controller:
         if setback is None:
             return
         tag, version = setback.version
-        log.warning("replica %s failed: %s", setback.id, setback.error)
+        log.warning("%s failed: %s", setback.who(), setback.error)
         goal = next((one for one in self.goals.backends if (one.tag, one.version) == (tag, version)), None)
-        if (setback.first_steps or goal is None) and self.deployments.blame(setback.version, setback.text()):
+        if (setback.first_steps or goal is None) and self.deployments.blame(setback.version, setback.problem()):
             return
         if goal is not None and setback.config_version == goal.config_version:
             # It cannot take what the others have: only a new process can.

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from headgate.core import reconcile
 from headgate.core.reconcile import Seen, Version
 from headgate.core.state import BackendGoal
-from headgate.errors import BackendStartError
+from headgate.errors import BackendStartError, HeadgateError
 
 
 class Deployment:
@@ -24,10 +24,10 @@ class Deployment:
         self.goal = goal
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def fail(self, text: str) -> None:
-        """Give it up; `text` is for the caller."""
+    def fail(self, error: HeadgateError) -> None:
+        """Give it up; the caller gets `error`."""
         if not self.done.done():
-            self.done.set_exception(BackendStartError(text))
+            self.done.set_exception(error)
 
 
 class Deployments:
@@ -64,18 +64,18 @@ class Deployments:
             if not one.done.done() and reconcile.reached(one.goal, seen):
                 one.done.set_result(None)
 
-    def blame(self, version: Version, text: str) -> bool:
+    def blame(self, version: Version, error: HeadgateError) -> bool:
         """Give up the candidate of `version`, if there is one."""
         found = [one for one in self._running if (one.goal.tag, one.goal.version) == version]
         for one in found:
-            one.fail(text)
+            one.fail(error)
         return bool(found)
 
     def cancel(self, tag: str, text: str) -> None:
         """Give up what is tried out of the backend `tag`."""
         for one in self._running:
             if one.goal.tag == tag:
-                one.fail(text)
+                one.fail(BackendStartError(text))
 
 
 def _failed(one: Deployment) -> bool:

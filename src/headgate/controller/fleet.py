@@ -16,13 +16,17 @@ from msgspec.structs import replace
 from headgate.core import lifecycle, reconcile
 from headgate.core.reconcile import UNKNOWN_CONFIG, Failures, Seen, Version
 from headgate.core.state import BackendGoal, Facts, Settings
-from headgate.errors import ProtocolError
+from headgate.errors import BackendStartError, HeadgateError, ProtocolError, from_wire
 from headgate.wire import messages
 
 #: A replica that says so often in a row that it is unhealthy is replaced.
 UNHEALTHY = 3
 #: The version of replicas that are to be replaced: nobody wants it, so they drain.
 UNWANTED = -1
+
+#: How much of an error's last line is shown where it is one among others.
+LINE_CHARS = 200
+_START_ERROR = BackendStartError.__name__
 
 #: What must have happened to a replica that reports this phase.
 _LIVES = {
@@ -37,6 +41,8 @@ _LIVES = {
 class Setback(Struct, frozen=True):
     """A replica failed.
 
+    id               "" if there was not even a process
+    kind             the class of `error` in headgate.errors
     first_steps      while it started or reconfigured: what is being deployed may be to blame
     config_version   of the user_config that it could not take, -1 if that is not what failed
     """
@@ -46,16 +52,27 @@ class Setback(Struct, frozen=True):
     error: str
     first_steps: bool
     config_version: int = -1
+    kind: str = _START_ERROR
 
-    def text(self) -> str:
+    def who(self) -> str:
+        """The replica, for the log."""
+        return f"replica {self.id}" if self.id else f"a start of a replica of backend {self.version[0]!r}"
+
+    def problem(self) -> HeadgateError:
         """For whoever asked for the change that it ended."""
         tag, _ = self.version
         if self.config_version >= 0:
-            return (
+            return BackendStartError(
                 f"backend {tag!r}: replica {self.id} could not take the new user_config; the old one stays. "
                 f"It said:\n{self.error}"
             )
-        return (
+        if not self.id:
+            return BackendStartError(
+                f"backend {tag!r}: a replica could not be started, so nothing was changed: {self.error}"
+            )
+        if self.kind != _START_ERROR:
+            return from_wire(self.kind, f"backend {tag!r}: {self.error}")
+        return BackendStartError(
             f"backend {tag!r}: replica {self.id} did not start, so nothing was changed; mend its code, its "
             f"arguments or its resources and call again. It said:\n{self.error}"
         )
@@ -77,8 +94,8 @@ class Fleet:
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
         self.failures: dict[Version, Failures] = {}
-        self.restarts: dict[str, int] = {}
-        self.last_errors: dict[str, str] = {}
+        self._restarts: dict[Version, int] = {}
+        self._last_errors: dict[Version, str] = {}
         self._configs: dict[str, int] = {}
         self._notes: dict[str, _Notes] = {}
         self._asked = 0
@@ -132,7 +149,9 @@ class Fleet:
         one = replace(one, address=report.address or one.address)
         self.seen[id] = _configured(one, report, first=before.phase == lifecycle.STARTING)
         if report.phase == "failed":
-            return self._fail(before, lifecycle.FAILED, report.error or "it gave no reason", now)
+            error = report.error or "it gave no reason"
+            setback = self._fail(before, lifecycle.FAILED, error, now)
+            return replace(setback, kind=report.error_kind or _START_ERROR) if setback else None
         if before.reconfiguring and self.seen[id].config_version == UNKNOWN_CONFIG:
             return self._setback(before, report.error, True, before.config_version)
         return None
@@ -144,6 +163,8 @@ class Fleet:
             return None
         setback = self._fail(one, lifecycle.ENDED, cause, now)
         del self.seen[id], self._notes[id]
+        if setback is not None and id in self._unborn:
+            setback = replace(setback, id="")
         self._unborn.discard(id)
         return setback
 
@@ -153,15 +174,19 @@ class Fleet:
         self.seen[id] = reconcile.heard(one, lifecycle.FAILED, now)
         return self._fail(one, lifecycle.FAILED, error, now)
 
-    def checked(self, id: str, error: str, now: float) -> None:
-        """A replica's health check passed ("") or failed; too often in a row, and it is to be replaced."""
+    def checked(self, id: str, error: str, now: float, *, hangs: bool = False) -> None:
+        """A replica's health check passed (""), failed, or hangs.
+
+        One that hangs, or fails too often in a row, has its replica replaced.
+        """
         notes = self._notes.get(id)
         if notes is None:
             return
         notes.unhealthy = notes.unhealthy + 1 if error else 0
         one = self.seen[id]
-        if notes.unhealthy >= UNHEALTHY and one.phase == lifecycle.READY and one.version != UNWANTED:
-            self._fail(one, lifecycle.FAILED, f"its health check failed: {error}", now)
+        is_ill = hangs or notes.unhealthy >= UNHEALTHY
+        if is_ill and one.phase == lifecycle.READY and one.version != UNWANTED:
+            self._fail(one, lifecycle.FAILED, f"its health check failed: {_last_line(error)}", now)
             self.seen[id] = replace(one, version=UNWANTED)
 
     def _fail(self, before: Seen, event: str, error: str, now: float) -> Setback | None:
@@ -170,12 +195,12 @@ class Fleet:
         version = before.backend, before.version
         line = _last_line(error)
         self.failures[version] = reconcile.failed(self.failures.get(version), before, now, line)
-        self.restarts[before.backend] = self.restarts.get(before.backend, 0) + 1
+        self._restarts[version] = self._restarts.get(version, 0) + 1
         started = before.phase != lifecycle.STARTING and not before.reconfiguring
         return self._setback(before, error, not started)
 
     def _setback(self, one: Seen, error: str, first_steps: bool, config_version: int = -1) -> Setback:
-        self.last_errors[one.backend] = _last_line(error)
+        self._last_errors[one.backend, one.version] = _last_line(error)
         return Setback(one.id, (one.backend, one.version), error, first_steps, config_version)
 
     # --- what is told ---
@@ -209,17 +234,25 @@ class Fleet:
         return news
 
     def forget_failures(self, versions: set[Version]) -> None:
-        """Keep the failures of these versions only, and the history of their backends."""
-        self.failures = {version: found for version, found in self.failures.items() if version in versions}
-        tags = {tag for tag, _ in versions}
-        self.restarts = {tag: count for tag, count in self.restarts.items() if tag in tags}
-        self.last_errors = {tag: error for tag, error in self.last_errors.items() if tag in tags}
+        """Keep the failures of these versions only."""
+        for history in (self.failures, self._restarts, self._last_errors):
+            for version in history.keys() - versions:
+                del history[version]
 
     # --- questions ---
 
     def of(self, tag: str) -> list[Seen]:
         """The replicas of a backend, whatever their version and phase."""
         return [one for one in self.seen.values() if one.backend == tag]
+
+    def living(self) -> list[Seen]:
+        """The replicas that have an id, whose process exists."""
+        return [one for one in self.seen.values() if one.id not in self._unborn]
+
+    def history(self, id: str) -> tuple[int, str]:
+        """How often replicas of the same version failed, and the last line of the newest failure."""
+        version = self.seen[id].backend, self._notes[id].version
+        return self._restarts.get(version, 0), self._last_errors.get(version, "")
 
     def version(self, id: str) -> int:
         """The version of the code that a replica runs, wanted or not."""
@@ -256,5 +289,5 @@ def _configured(one: Seen, report: messages.Report, *, first: bool) -> Seen:
 
 
 def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else text
+    line = (text.strip().splitlines() or [text])[-1].strip()
+    return line if len(line) <= LINE_CHARS else f"{line[: LINE_CHARS - 1]}…"

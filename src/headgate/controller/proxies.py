@@ -100,6 +100,17 @@ class Proxies:
         """For status."""
         return [ProxyView(id, self._pids[id], peer is not None) for id, peer in self._running.items()]
 
+    def unmet(self, now: float) -> tuple[str, ...]:
+        """What is waited for and why, as reconcile.unmet says it of replicas."""
+        up = sum(peer is not None for peer in self._running.values())
+        if up >= self.wanted:
+            return ()
+        text = f"{up} of {self.wanted} HTTP proxies are up"
+        if self.failures:
+            text += f"; failures in a row: {self.failures}, the last: {self.error}"
+        wait_s = (self.next_look(now) or now) - now
+        return (f"{text}; next try in {wait_s:.1f} s" if wait_s > 0 else text,)
+
     def check(self) -> None:
         """Raises InstanceError if none has come up and the last try failed."""
         if self.failures and not any(self._running.values()):

@@ -69,20 +69,23 @@ def _replicas(controller: Controller) -> list[dict[str, Any]]:
             "state": one.phase,
             "pid": one.pid,
             "node": one.node,
-            "restarts": fleet.restarts.get(one.backend, 0),
-            "last_error": fleet.last_errors.get(one.backend, ""),
+            "restarts": fleet.history(one.id)[0],
+            "last_error": fleet.history(one.id)[1],
         }
-        for one in fleet.seen.values()
+        for one in fleet.living()
     ]
 
 
 def _waiting(controller: Controller) -> tuple[str, ...]:
+    now = asyncio.get_running_loop().time()
+    proxies = controller.proxies.unmet(now)
     if controller.lost is not None:
-        return (str(controller.lost),)
-    return reconcile.unmet(
+        return (str(controller.lost), *proxies)
+    replicas = reconcile.unmet(
         controller.goals,
         controller.observed(),
         controller.fleet.failures,
-        asyncio.get_running_loop().time(),
+        now,
         candidates=controller.deployments.candidates(),
     )
+    return (*proxies, *replicas)

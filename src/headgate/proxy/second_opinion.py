@@ -7,12 +7,16 @@ Asked only after check_head accepted it, and only about framing: where the reque
 
 from __future__ import annotations
 
+import re
+
 import httptools
 
 from headgate.core.http11 import Head, Reject
 
 #: Methods that llhttp is asked about under their own names; it knows no others than its own list.
 _KNOWN = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
+#: The field that makes llhttp stop before the body; another name makes it read on, as we do.
+_without_upgrade = re.compile(rb"\r\nupgrade:", re.IGNORECASE).sub
 
 
 class SecondOpinion:
@@ -29,13 +33,14 @@ class SecondOpinion:
     def check(self, raw: bytes, head: Head) -> None:
         """Raises Reject if llhttp refuses the head `raw` or disagrees about whether a body follows."""
         if head.method not in _KNOWN:
-            raw = b"POST" + raw[len(head.method) :]
+            raw = b"POST" + raw[raw.index(b" ") :]
         body = head.chunked or head.content_length > 0
         self._ends = 0
         try:
             self._parser.feed_data(raw)
         except httptools.HttpParserUpgrade:  # it takes what follows for another protocol; we do not switch
             self._renew()
+            self.check(_without_upgrade(b"\r\nx-upgrade:", raw), head)
             return
         except httptools.HttpParserError:
             self._renew()

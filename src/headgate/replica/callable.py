@@ -208,6 +208,11 @@ class LoadedCallable:
         self._methods: dict[str, Method] = {}
 
     @property
+    def has_reconfigure(self) -> bool:
+        """Whether the class has a `reconfigure`."""
+        return self._has("reconfigure")
+
+    @property
     def has_check_health(self) -> bool:
         """Whether the class has a `check_health`."""
         return self._has("check_health")

@@ -14,7 +14,6 @@ import asyncio
 import gc
 import logging
 import os
-import pickle
 import queue
 import sys
 import threading
@@ -25,14 +24,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headgate import eventloop, logs
+from headgate.core.goals import resolve
 from headgate.engine.listener import bind_unix
-from headgate.errors import BackendStartError, HeadgateError
+from headgate.errors import ArgumentError, BackendStartError, ConfigError, HeadgateError, to_wire
 from headgate.instance import Instance
-from headgate.replica.callable import LoadedCallable, Method, load, start_error, user_traceback
+from headgate.replica.callable import Code, LoadedCallable, load
 from headgate.replica.context import ReplicaContext, set_replica_context
+from headgate.replica.hooks import Hooks
 from headgate.replica.links import CallerLink
 from headgate.replica.plain import PlainThread
-from headgate.replica.watch import LoopWatch
+from headgate.replica.watch import HealthWatch, LoopWatch
 from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import Acceptor
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("headgate.replica")
 
 _SWITCH_INTERVAL_S = 0.0005  # with user code on a thread: p99 of a 2 ms handler 42 -> 35 ms
-_UNKNOWN_CONFIG = -1
 
 
 def main(child: ChildBoot) -> int:
@@ -67,6 +67,7 @@ class Replica:
         self.plain = PlainThread()
         self.worker: Worker | None = None
         self.loaded: LoadedCallable
+        self.hooks: Hooks
         self.spec: messages.ReplicaSpec
         self.loop: asyncio.AbstractEventLoop
         self._inbox: queue.SimpleQueue[messages.Assign] = queue.SimpleQueue()
@@ -130,21 +131,26 @@ class Replica:
                 blob = file.read()
         except FileNotFoundError:
             raise BackendStartError(f"backend {self.spec.backend!r} was withdrawn while it started") from None
-        self.loaded = load(blob)
-        if self.spec.settings.max_batch_size > 1 and not self.loaded.facts.accepts_batch:
-            raise BackendStartError(
-                f"max_batch_size is {self.spec.settings.max_batch_size}, but backend code "
-                f"{self.loaded.name!r} is not marked with @headgate.accept_batch"
-            )
+        try:
+            self.loaded = load(blob)
+        except (ArgumentError, ConfigError) as error:  # where an import path leads; objects were checked before
+            raise type(error)(f"import path {_code_name(blob)!r}: {error}") from None
+        resolve({"max_batch_size": self.spec.settings.max_batch_size}, self.loaded.facts)
+        self.hooks = Hooks(self.spec.backend, self.loaded, self.plain)
+
+    def _say_failed(self, error: HeadgateError) -> None:
+        kind, text = to_wire(error)
+        self.say(phase="failed", error=text, error_kind=kind)
 
     def _fail(self, error: HeadgateError) -> None:
-        self.say(phase="failed", error=str(error))
+        self._say_failed(error)
         threading.Event().wait()  # the controller stops this process once it has the report
 
     def _run_plain(self) -> None:
         try:
             self.loaded.construct()
-            self._reconfigure_first(self._call_hook)
+            if (path := self._first_config()) is not None:
+                self.hooks.reconfigure_here(path)
         except HeadgateError as error:
             self._fail(error)
             return
@@ -161,11 +167,10 @@ class Replica:
     async def _run_async(self) -> None:
         try:
             self.loaded.construct()
-            hook, config = self._first_config()
-            if hook is not None:
-                await self._await_hook(hook, config)
+            if (path := self._first_config()) is not None:
+                await self.hooks.reconfigure_on_loop(path)
         except HeadgateError as error:
-            self.say(phase="failed", error=str(error))
+            self._say_failed(error)
             return
         self.plain.start()
         await self._open()
@@ -196,9 +201,14 @@ class Replica:
         self._acceptor = Acceptor(bind_unix(address), boot.token, partial(self._admit, worker))
         self._acceptor.open()
         os.register_at_fork(after_in_child=worker.forked)
-        LoopWatch(worker).start(self.instance.thread.loop)
+        health = HealthWatch(worker, lambda text: self._tell(messages.Health(text, hangs=True)))
+        LoopWatch(worker, health).start(self.instance.thread.loop)
         if self.loaded.has_check_health:
-            worker.start_background(self._watch_health(worker))
+            worker.start_background(
+                self.hooks.watch_health(
+                    lambda: worker.settings, health, lambda error: self._tell(messages.Health(error))
+                )
+            )
         gc.collect()
         gc.freeze()
         self.say(
@@ -233,44 +243,29 @@ class Replica:
 
     def _reconfigure(self, message: messages.Configure) -> None:
         assert self.worker is not None
-        self._config_version = message.config_version
-        hook = self.loaded.hook("reconfigure")
-        version = message.config_version
+        self._config_version = version = message.config_version
         if message.user_config_path is None:
             self.say(config_version=version, error="")
-        elif hook is None:
+        elif not self.hooks.has_reconfigure():
             self.say(config_version=version, error=self._no_reconfigure())
-        elif hook.is_async:
-            self.worker.start_background(self._reconfigure_async(hook, message.user_config_path, version))
         else:
-            self.plain.put(partial(self._reconfigure_plain, hook, message.user_config_path, version))
+            self.worker.start_background(self._take_config(message.user_config_path, version))
 
-    def _reconfigure_plain(self, hook: Method, path: str, version: int) -> None:
+    async def _take_config(self, path: str, version: int) -> None:
         try:
-            self._call_hook(hook, _read(path))
-        except BaseException as error:  # noqa: BLE001 - user code may raise anything
-            self.say(config_version=version, error=_text(error))
+            await self.hooks.reconfigure(path)
+        except BackendStartError as error:
+            self.say(config_version=version, error=str(error))
         else:
             self.say(config_version=version, error="")
 
-    async def _reconfigure_async(self, hook: Method, path: str, version: int) -> None:
-        try:
-            await self._await_hook(hook, _read(path))
-        except BaseException as error:  # noqa: BLE001 - user code may raise anything
-            self.say(config_version=version, error=_text(error))
-        else:
-            self.say(config_version=version, error="")
-
-    # --- reconfigure and check_health ---
-
-    def _first_config(self) -> tuple[Method | None, Any]:
+    def _first_config(self) -> str | None:
+        """The path of the user_config to begin with."""
         self._config_version = self.spec.config_version
-        hook = self.loaded.hook("reconfigure")
-        if self.spec.user_config_path is None:
-            return None, None
-        if hook is None:
+        path = self.spec.user_config_path
+        if path is not None and not self.hooks.has_reconfigure():
             raise BackendStartError(self._no_reconfigure())
-        return hook, _read(self.spec.user_config_path)
+        return path
 
     def _no_reconfigure(self) -> str:
         return (
@@ -278,71 +273,6 @@ class Replica:
             "reconfigure(user_config) method to give it to; define one in the class, or leave user_config out"
         )
 
-    def _reconfigure_first(self, call: Callable[[Method, Any], object]) -> None:
-        hook, config = self._first_config()
-        if hook is not None:
-            call(hook, config)
 
-    def _call_hook(self, hook: Method, config: Any) -> None:
-        try:
-            if hook.is_async:
-                eventloop.run(hook.function(config))
-            else:
-                hook.function(config)
-        except BaseException as error:
-            raise start_error(f"reconfigure of backend {self.spec.backend!r} raised", error) from error
-
-    async def _await_hook(self, hook: Method, config: Any) -> None:
-        try:
-            result = hook.function(config)
-            if hook.is_async:
-                await result
-        except BaseException as error:
-            raise start_error(f"reconfigure of backend {self.spec.backend!r} raised", error) from error
-
-    async def _watch_health(self, worker: Worker) -> None:
-        """Ask the user's check_health from time to time, between calls, and report what it says."""
-        hook = self.loaded.hook("check_health")
-        assert hook is not None
-        while True:
-            await asyncio.sleep(worker.settings.health_check_period_s)
-            try:
-                if hook.is_async:
-                    await hook.function()
-                else:
-                    await self._on_plain(hook.function)
-                error = ""
-            except BaseException as problem:
-                if isinstance(problem, asyncio.CancelledError):
-                    raise
-                error = _text(problem)
-                log.warning("check_health raised\n%s", error)
-            self._tell(messages.Health(error))
-
-    async def _on_plain(self, function: Callable[[], object]) -> None:
-        answer: asyncio.Future[None] = self.loop.create_future()
-
-        def run() -> None:
-            try:
-                function()
-            except BaseException as error:  # noqa: BLE001 - user code may raise anything
-                self.loop.call_soon_threadsafe(answer.set_exception, _plain_error(error))
-            else:
-                self.loop.call_soon_threadsafe(answer.set_result, None)
-
-        self.plain.put(run)
-        await answer
-
-
-def _read(path: str) -> Any:
-    with open(path, "rb") as file:
-        return pickle.loads(file.read())
-
-
-def _text(error: BaseException) -> str:
-    return str(error) if isinstance(error, HeadgateError) else user_traceback(error)
-
-
-def _plain_error(error: BaseException) -> Exception:
-    """Something that a future carries: SystemExit and StopIteration are not."""
-    return BackendStartError(_text(error))
+def _code_name(blob: bytes) -> str:
+    return msgspec.msgpack.decode(blob, type=Code).name

@@ -1,19 +1,24 @@
-"""Whether the replica's loop still turns, seen from the headgate thread.
+"""Whether the replica's loop still turns and its check_health returns, seen from the headgate thread.
 
 An async handler that blocks holds up every other request of its replica, and nothing on the loop
 can tell. A loop that does not turn for a second is logged, with the line that it is in. Slow is
 not dead: only when a request is health_check_timeout_s past its deadline, and the loop has not
 turned for as long, does the process end, to be replaced.
+
+A check_health is timed from when it begins, not while it queues behind calls. One that does not return
+within health_check_timeout_s is told to the controller, which replaces the replica.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -28,10 +33,11 @@ STUCK_EXIT = 70
 
 
 class LoopWatch:
-    """Watches the loop on which it is made; `start` names the loop that looks."""
+    """Watches the loop on which it is made, and `health`; `start` names the loop that looks."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, health: HealthWatch) -> None:
         self._worker = worker
+        self._health = health
         self._thread = threading.get_ident()
         self._asked_at: float | None = None  # when the loop was asked to turn; None: it has
         self._looked_at = monotonic()
@@ -51,6 +57,7 @@ class LoopWatch:
         now = monotonic()
         was_away = now - self._looked_at > 2 * PERIOD_S  # the whole process was stopped, or starved
         self._looked_at = now
+        self._health.look(now, was_held_up=self._asked_at is not None, was_away=was_away)
         if self._asked_at is None:
             self._asked_at = now
             self._worker.from_any_thread(self._turned)
@@ -78,3 +85,49 @@ class LoopWatch:
             return any(job.deadline < since for link in self._worker.links for job in link.jobs.values())
         except RuntimeError:  # changed while we looked: then the loop turns
             return False
+
+
+class _Check:
+    """One check_health on its way. Its own time: what passed while it could not run is not its fault."""
+
+    def __init__(self, is_inside: Callable[[], bool]) -> None:
+        self.is_inside = is_inside
+        self.since = monotonic()
+        self.looked_at = self.since
+
+
+class HealthWatch:
+    """Notices a check_health that does not return; `say` gets the text, and again after as long.
+
+    `running` surrounds the hook where it runs, `look` comes from another thread.
+    """
+
+    def __init__(self, worker: Worker, say: Callable[[str], None]) -> None:
+        self._worker = worker
+        self._say = say
+        self._check: _Check | None = None
+
+    @contextlib.contextmanager
+    def running(self, is_inside: Callable[[], bool]) -> Iterator[None]:
+        """A hook runs. `is_inside` says whether its thread is in it at this moment, and not elsewhere."""
+        self._check = _Check(is_inside)
+        try:
+            yield
+        finally:
+            self._check = None
+
+    def look(self, now: float, *, was_held_up: bool, was_away: bool) -> None:
+        """Time has passed: did the loop not turn meanwhile, and was the whole process away?"""
+        check = self._check
+        if check is None:
+            return
+        passed, check.looked_at = now - check.looked_at, now
+        if was_away or (was_held_up and not check.is_inside()):
+            check.since += passed
+            return
+        patience_s = self._worker.settings.health_check_timeout_s
+        if now - check.since >= patience_s:
+            check.since = now
+            text = f"check_health did not return in {patience_s:g} s"
+            log.warning("%s; the replica is replaced", text)
+            self._say(text)

@@ -33,7 +33,8 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     """A replica's own word on its state; sent at each change and again on every reconnect.
 
     `phase` is one of core.lifecycle's: starting, ready, draining, drained, failed. `error` is the
-    text for the user when it failed to start or to reconfigure to `config_version`.
+    text for the user when it failed to start or to reconfigure to `config_version`; `error_kind`
+    names its class of headgate.errors when it failed to start.
     """
 
     backend: str
@@ -44,6 +45,7 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     config_version: int = 0
     error: str = ""
     in_flight: int = 0
+    error_kind: str = ""
 
 
 class Hello(Struct, frozen=True, tag="hello", array_like=True):
@@ -77,9 +79,10 @@ class Request(Struct, frozen=True, tag="request", array_like=True):
 
 
 class Health(Struct, frozen=True, tag="health", array_like=True):
-    """A replica's check_health() result: `error` is empty when healthy."""
+    """A replica's check_health() result: `error` is empty when healthy; `hangs` if there is no result."""
 
     error: str = ""
+    hangs: bool = False
 
 
 class Pong(Struct, frozen=True, tag="pong", array_like=True):

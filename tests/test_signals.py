@@ -1,0 +1,112 @@
+"""signals.py: SIGTERM ends a user's process as an exit would, and every handler comes back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from headgate import signals
+
+
+@pytest.fixture(autouse=True)
+def nobody_handles_sigterm() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def on_a_thread(function: Callable[[], Any]) -> Any:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_sigterm_becomes_an_exit_with_the_status_that_a_shell_expects() -> None:
+    assert signals.catch_sigterm()
+
+    with pytest.raises(SystemExit) as end:
+        signal.raise_signal(signal.SIGTERM)
+
+    assert end.value.code == 143
+
+
+def test_the_last_release_gives_sigterm_its_default_back() -> None:
+    assert signals.catch_sigterm()
+    assert signals.catch_sigterm()
+    signals.release_sigterm()
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    signals.release_sigterm()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signals.release_sigterm()  # once too often harms nobody
+    assert signals.catch_sigterm()
+
+
+@pytest.mark.parametrize("theirs", [signal.SIG_IGN, lambda number, frame: None])
+def test_a_handler_of_the_user_s_stays(theirs: Any) -> None:
+    signal.signal(signal.SIGTERM, theirs)
+
+    assert not signals.catch_sigterm()
+    assert signal.getsignal(signal.SIGTERM) is theirs
+
+
+def test_a_handler_that_the_user_set_later_stays() -> None:
+    assert signals.catch_sigterm()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signals.release_sigterm()
+
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_who_took_the_handler_away_starts_from_the_beginning() -> None:
+    assert signals.catch_sigterm()
+    assert signals.catch_sigterm()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signals.catch_sigterm()
+    signals.release_sigterm()
+
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_thread_leaves_signals_alone() -> None:
+    assert on_a_thread(signals.catch_sigterm) is False
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    assert signals.catch_sigterm()
+    on_a_thread(signals.release_sigterm)
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_inside_the_block_a_signal_is_a_call(number: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    calls: list[int] = []
+    with signals.Interrupts(lambda: calls.append(1)):
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    assert calls == [1, 1]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_handlers_come_back_after_an_error_too() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), signals.Interrupts(lambda: 1 / 0):
+        signal.raise_signal(signal.SIGINT)
+
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_on_a_thread_the_block_changes_nothing() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def inside() -> Any:
+        with signals.Interrupts(lambda: None):
+            return signal.getsignal(signal.SIGINT)
+
+    assert on_a_thread(inside) is before
