@@ -451,6 +451,7 @@ async def test_the_reason_is_one_short_line_and_gone_when_one_is_ready(world: Wo
 
 @instance(proxies=1)
 async def test_a_proxy_that_is_not_up_is_waited_for(world: World) -> None:
+    await world.call("wait_ready")
     assert (await world.status())["waiting"] == []
     for proxy in world.living("proxy"):
         world.engine.crash(proxy)

@@ -164,6 +164,7 @@ def test_two_of_one_instance_know_each_other(short_dir: Path, files: list[int], 
         known, fds = await accept(peer.sock, TOKEN)
         assert known == wire_name(name)
         assert len(fds) == count
+        assert not any(map(os.get_inheritable, fds))
         for fd in fds:
             os.close(fd)
         await peer.send(b"frames")

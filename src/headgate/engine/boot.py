@@ -95,8 +95,10 @@ def tell(spark: Spark, boot: Boot) -> None:
 
 def read(fd: int) -> Boot:
     """The boot record, in the supervisor; closes the fd. Exits if there comes none: it is not needed."""
+    from headgate.wire.handshake import receive_fds  # brings asyncio, which the driver is not to import yet
+
     with socket.socket(fileno=fd) as sock:
-        size, fds, _, _ = socket.recv_fds(sock, 8, 4, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
+        size, fds, _ = receive_fds(sock, 8, len(_FDS), socket.MSG_WAITALL)
         record = sock.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL) if size else b""
     if not record:
         os._exit(0)

@@ -42,7 +42,7 @@ class Hooks:
 
     def has_reconfigure(self) -> bool:
         """Whether a user_config can be given to the class."""
-        return self._loaded.has_reconfigure
+        return self._loaded.hook("reconfigure") is not None
 
     def reconfigure_here(self, path: str) -> None:
         """Give the class the user_config in the file `path`; called on the plain thread."""

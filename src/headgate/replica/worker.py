@@ -28,6 +28,7 @@ from headgate.replica.links import CallerLink
 from headgate.replica.plain import PlainThread
 from headgate.replica.response import Asgi, Stream, check_batch_result, encode, runs_on_loop
 from headgate.replica.stream import BodyFlow, GeneratorFlow, TaskFlow
+from headgate.replica.watch import STUCK_EXIT
 from headgate.wire import payload
 from headgate.wire.handshake import wire_name
 
@@ -37,7 +38,6 @@ log = logging.getLogger("headgate.replica")
 Outcome = bytes | Callable[[], object]
 
 _ROOM = framing.HEADER.pack(0, framing.ROOM, 0, 0, 0, 1)
-_STUCK_EXIT = 70
 #: How often a drained replica looks whether its last answers have left it.
 _FLUSH_S = 0.002
 
@@ -185,7 +185,7 @@ class Worker:
                 self.settings.health_check_timeout_s,
                 extra={"request_id": job.request_id},
             )
-            os._exit(_STUCK_EXIT)
+            os._exit(STUCK_EXIT)
 
     # --- on the plain thread ---
 

@@ -152,17 +152,30 @@ async def _receive_fds(
     while len(data) < size:
         await _readable(loop, sock)
         try:
-            piece, received, flag, _ = socket.recv_fds(
-                sock, size - len(data), MAX_FDS, socket.MSG_CMSG_CLOEXEC
-            )
+            piece, received, flag = receive_fds(sock, size - len(data), MAX_FDS)
         except BlockingIOError:
             continue
         fds.extend(received)
-        flags |= flag
+        flags |= flag if len(fds) <= MAX_FDS else socket.MSG_CTRUNC
         if not piece:
             raise ProtocolError("the peer closed the connection in the middle of the handshake")
         data += piece
     return data, flags
+
+
+def receive_fds(sock: socket.socket, size: int, max_fds: int, flags: int = 0) -> tuple[bytes, list[int], int]:
+    """Up to `size` bytes, the file descriptors that came along (never inheritable), and the message's flags.
+
+    What socket.recv_fds is for, which drops the flags it is given (CPython 3.11).
+    """
+    room = socket.CMSG_LEN(max_fds * struct.calcsize("i"))
+    data, messages, found, _ = sock.recvmsg(size, room, flags | socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, content in messages:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            whole = len(content) - len(content) % struct.calcsize("i")
+            fds += struct.unpack(f"{whole // struct.calcsize('i')}i", content[:whole])
+    return data, fds, found
 
 
 async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
