@@ -439,7 +439,8 @@ def test_configs_are_shown_with_every_default_resolved(client: headgate.Client) 
     client.create_backend("plain", pid, config={"num_replicas": "2"})
     client.create_backend("batch", batch, config=BackendConfig(max_batch_size=6, batch_wait_timeout=0.5))
     client.create_backend("async", waits)
-    client.create_backend("given", Settable, config={"max_concurrent_queries": 3, "user_config": {"refuse if there is": ""}})
+    taken = {"refuse if there is": ""}
+    client.create_backend("given", Settable, config={"max_concurrent_queries": 3, "user_config": taken})
     known = client.list_backends()
     assert list(known) == ["plain", "batch", "async", "given"]
     assert all(isinstance(config, BackendConfig) for config in known.values())

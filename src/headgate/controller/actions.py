@@ -33,7 +33,7 @@ class Actions:
         id = await self._engine.start_replica(self._spec(goal))
         pids = {process.id: process.pid for process in self._engine.observe()}
         if self._fleet.born(name, id, pids.get(id, 0)):
-            log.info("replica %s starts, version %d", id, goal.version)
+            log.debug("replica %s starts, version %d", id, goal.version)
         else:  # nobody wants it any more
             self._engine.kill(id)
 
@@ -50,7 +50,7 @@ class Actions:
                 patience = self._patience.get(one.backend, one.graceful_shutdown_timeout_s)
                 self._engine.tell(id, messages.Drain(patience))
                 self._fleet.drained(id, now)
-                log.info("replica %s drains", id)
+                log.debug("replica %s drains", id)
             case Stop(id, reason):
                 self._engine.kill(id)
                 self._fleet.stopped(id, now)

@@ -13,6 +13,7 @@ who is connected peers.py, how an action is performed actions.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -293,8 +294,9 @@ class Controller:
                 self._early.append(event)
             return
         elif isinstance(event, Exited):
+            expected = self.fleet.seen[event.id].phase == lifecycle.STOPPING
             self._set_back(self.fleet.ended(event.id, event.cause, now))
-            log.info("replica %s is gone: %s", event.id, event.cause)
+            log.log(logging.DEBUG if expected else logging.WARNING, "replica %s is gone: %s", event.id, event.cause)
         elif isinstance(event.message, messages.Health):
             self.fleet.checked(event.id, event.message.error, now, hangs=event.message.hangs)
         else:
@@ -309,7 +311,8 @@ class Controller:
             log.error("replica %s is killed: %s", id, error)
             self.engine.kill(id)
         if self.fleet.seen[id].phase != before:
-            log.info("replica %s is %s", id, report.phase)
+            level = logging.INFO if report.phase == lifecycle.READY else logging.DEBUG
+            log.log(level, "replica %s is %s", id, report.phase)
         if report.phase == "failed":
             self.engine.kill(id)
 

@@ -57,7 +57,7 @@ class Proxies:
         """A process is gone; whether it was a proxy."""
         if id not in self._running:
             return False
-        log.log(logging.WARNING if self.wanted else logging.INFO, "proxy %s is gone: %s", id, cause)
+        log.log(logging.WARNING if self.wanted else logging.DEBUG, "proxy %s is gone: %s", id, cause)
         if self._running.pop(id) is None and self.wanted:
             self._failed(cause, now)
         del self._pids[id]

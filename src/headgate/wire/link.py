@@ -27,6 +27,9 @@ Source = bytes | bytearray
 
 #: Bytes waiting in the transport beyond which streams pause.
 HIGH_WATER_BYTES = 1 << 20
+#: So many frames are written at once; more of one turn go in several writes, so that the peer
+#: begins with the first while the last are still being made.
+TOGETHER = 16
 #: A body that does not go in one frame goes in pieces of this size, so that it holds up nobody.
 PIECE_BYTES = 64 * 1024
 #: How much of a streamed answer may be under way before its reader grants more.
@@ -77,7 +80,9 @@ class Link(asyncio.BufferedProtocol):
     def send(self, data: bytes) -> None:
         """Write `data`, whole frames, with all else of this turn of the loop."""
         self._out.append(data)
-        if not self._scheduled and not self._reading:
+        if len(self._out) >= TOGETHER:
+            self.flush()
+        elif not self._scheduled and not self._reading:
             self._scheduled = True
             assert self._call_soon is not None
             self._call_soon(self.flush)
