@@ -119,7 +119,10 @@ class CallerLink(Link):
         if self.jobs.get(job.slot) is job:
             del self.jobs[job.slot]
         if frame and not self.closed:
-            self.send(frame)
+            if self.jobs or self._reading:
+                self.send(frame)
+            else:
+                self.send_at_once(frame)
         if job.flags & framing.ARENA and not job.borrowed:
             self._send_free(job.segment[0])
         self.worker.freed()

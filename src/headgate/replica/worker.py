@@ -216,18 +216,22 @@ class Worker:
     def _run_plain_batch(self, batch: list[Job], method: Method) -> None:
         self._running = batch
         jobs, requests = self._start_batch(batch, self.plain.done, is_async=False)
-        if jobs:
-            try:
+        results: list[Any] = []
+        problem: BaseException | None = None
+        try:
+            if jobs:
                 results = check_batch_result(method.function(requests), len(jobs))
-            except BaseException as error:  # noqa: BLE001 - user code may raise anything
-                self._fail_batch(jobs, error)
-            else:
-                for job, request, result in zip(jobs, requests, results, strict=True):
-                    self.plain.done(job, self._item(job, request, result))
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything
+            problem = error
         self._running = None
         if self._is_fork:
             os._exit(0)
-        self.plain.done(None, self._plain_batch_done)
+        self.plain.done(None, self._plain_batch_done)  # the next one gathers while these answers are encoded
+        if problem is not None:
+            self._fail_batch(jobs, problem)
+        else:
+            for job, request, result in zip(jobs, requests, results, strict=True):
+                self.plain.done(job, self._item(job, request, result))
 
     def _start_batch(
         self, batch: list[Job], done: Callable[[Job, Outcome], None], *, is_async: bool

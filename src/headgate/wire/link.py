@@ -87,6 +87,11 @@ class Link(asyncio.BufferedProtocol):
             assert self._call_soon is not None
             self._call_soon(self.flush)
 
+    def send_at_once(self, data: bytes) -> None:
+        """Write `data`, whole frames, now: for what nothing else of this turn would join."""
+        self._out.append(data)
+        self.flush()
+
     def send_with(self, head: bytes, body: bytes | memoryview) -> None:
         """Write a frame whose body is large, without joining it to its head."""
         self.flush()

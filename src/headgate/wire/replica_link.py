@@ -170,7 +170,8 @@ class ReplicaLink(Link):
         size = len(meta) + len(head) + len(body)
         if size <= WHOLE_BYTES:
             frame = _pack(size, _CALL, caller.flags, len(meta), slot, arg)
-            self.send(b"%b%b%b%b" % (frame, meta, head, body) if body else frame + meta + head)
+            send = self.send_at_once if len(self._pending) == 1 else self.send
+            send(b"%b%b%b%b" % (frame, meta, head, body) if body else frame + meta + head)
         else:
             self._upload(slot, caller.flags, arg, meta, head, memoryview(body))
         caller.on_assigned()
