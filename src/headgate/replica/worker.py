@@ -226,12 +226,18 @@ class Worker:
         self._running = None
         if self._is_fork:
             os._exit(0)
-        self.plain.done(None, self._plain_batch_done)  # the next one gathers while these answers are encoded
+        # A full batch may be taken while these answers are encoded; otherwise whoever they make ask
+        # again shall have the time to come along.
+        is_next_full = len(self._plain_batches) >= self.settings.max_batch_size
+        if is_next_full:
+            self.plain.done(None, self._plain_batch_done)
         if problem is not None:
             self._fail_batch(jobs, problem)
         else:
             for job, request, result in zip(jobs, requests, results, strict=True):
                 self.plain.done(job, self._item(job, request, result))
+        if not is_next_full:
+            self.plain.done(None, self._plain_batch_done)
 
     def _start_batch(
         self, batch: list[Job], done: Callable[[Job, Outcome], None], *, is_async: bool
