@@ -1,4 +1,3 @@
-from math import inf
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +9,6 @@ from headgate.core.waiting import Waiting
 
 class Request(NamedTuple):
     order: int
-    deadline: float = inf
 
 
 def queued(*orders):
@@ -81,33 +79,19 @@ def test_from_an_empty_queue_nothing_can_be_popped():
         Waiting().pop()
 
 
-def test_requests_expire_when_their_deadline_comes_oldest_first():
-    waiting = Waiting()
-    for request in (Request(2, 5.0), Request(3, 9.0), Request(4), Request(5, 5.0)):
-        waiting.push(request)
-    waiting.push_front(Request(1, 5.0))
-
-    assert waiting.expire(now=4.9) == []
-    assert waiting.expire(now=5.0) == [Request(1, 5.0), Request(2, 5.0), Request(5, 5.0)]
-    assert waiting.expire(now=8.9) == []
-    assert waiting.expire(now=9.0) == [Request(3, 9.0)]
-    assert waiting.expire(now=1e9) == []
-    assert drained(waiting) == [4]
-
-
 class AgainstAList(RuleBasedStateMachine):
     """The same, told by one sorted list; what was popped may come back."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.made = 0.0, 0
+        self.made = 0
         self.model, self.under_way = [], []
         self.waiting = Waiting()
 
-    @rule(seconds=st.sampled_from([0.0, 1.0, 5.0, inf]), limit=st.sampled_from([None, 0, 3]))
-    def push(self, seconds, limit):
+    @rule(limit=st.sampled_from([None, 0, 3]))
+    def push(self, limit):
         self.made += 1
-        request = Request(self.made, self.now + seconds)
+        request = Request(self.made)
         assert self.waiting.push(request, limit) == (limit is None or len(self.model) < limit)
         if limit is None or len(self.model) < limit:
             self.model.append(request)
@@ -133,12 +117,6 @@ class AgainstAList(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.model))
         self.model.remove(request)
         assert self.waiting.remove(request)
-
-    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 5.0]))
-    def expire(self, seconds):
-        self.now += seconds
-        assert self.waiting.expire(self.now) == [one for one in self.model if one.deadline <= self.now]
-        self.model = [one for one in self.model if one.deadline > self.now]
 
     @invariant()
     def both_hold_as_many(self):

@@ -26,7 +26,7 @@ HEADER_BYTES = HEADER.size
 CALL, REPLY, DATA, END, CREDIT, CANCEL, ERROR = 1, 2, 3, 4, 5, 6, 7
 BUSY, ROOM, DRAINING, FREE, RESERVE, PING, PONG, CONTROL = 8, 9, 10, 11, 12, 13, 14, 15
 #: Flags.
-MORE, ARENA, HEAD, STREAM, VALUE, WANT = 1, 2, 4, 8, 16, 32
+MORE, ARENA, HEAD, STREAM, VALUE = 1, 2, 4, 8, 16
 
 #: No frame is longer; a header that says so is not one of ours.
 MAX_FRAME_BYTES = 256 * 1024 * 1024
