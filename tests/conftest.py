@@ -1,4 +1,9 @@
-"""Fixtures of all tests: a place to run in, a free port, and the guard against leftovers."""
+"""Fixtures of all tests: the engine, a place to run in, a free port, and the guard against leftovers.
+
+`--engine ray` runs tests/e2e once more, with all instances on a real Ray cluster of one node, and then
+tests/ray, which start their own clusters. What is about the local engine only says so with
+`@pytest.mark.local("why")` and is left out then. Other tests know no engine.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,86 @@ import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import leftovers
 import pytest
+import ray_cluster
+import ray_leftovers
 
 #: Folders whose tests start processes.
-GUARDED = {"controller", "e2e", "engine", "wire"}
+GUARDED = {"controller", "e2e", "engine", "ray", "wire"}
 
 _numbers = count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine",
+        choices=("local", "ray"),
+        default=os.environ.get("HEADGATE_TEST_ENGINE", "local"),
+        help="where the instances of tests/e2e live; the default is local, or what HEADGATE_TEST_ENGINE says",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "local(why): holds for the local engine only; left out with --engine ray")
+    os.environ["HEADGATE_TEST_ENGINE"] = engine = config.getoption("--engine")
+    if engine == "ray":
+        os.environ["HEADGATE_ENGINE"] = "ray"
+        ray_cluster.prepare()
+
+
+def pytest_unconfigure() -> None:
+    ray_cluster.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not about the chosen engine, and let the tests of one cluster follow each other."""
+    if config.getoption("--engine") == "ray":
+        chosen = [item for item in items if folder_of(item) in ("e2e", "ray") and not item.get_closest_marker("local")]
+        chosen.sort(key=folder_of)
+    else:
+        chosen = [item for item in items if folder_of(item) != "ray"]
+    kept = set(chosen)
+    if left_out := [item for item in items if item not in kept]:
+        config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
+
+
+def folder_of(item: pytest.Item) -> str:
+    return item.path.parent.name
+
+
+class Clusters:
+    """The Ray cluster of this process: one at a time."""
+
+    def __init__(self) -> None:
+        self._one_node: ray_cluster.RayCluster | None = None
+
+    def one_node(self) -> ray_cluster.RayCluster:
+        """The cluster of tests/e2e; it goes on from module to module."""
+        if self._one_node is None:
+            self._one_node = ray_cluster.RayCluster(num_cpus=64).start()
+        return self._one_node
+
+    def own(self, **options: Any) -> ray_cluster.RayCluster:
+        """A cluster to use in a `with` statement, instead of the one that is there."""
+        self.stop()
+        return ray_cluster.RayCluster(**options)
+
+    def stop(self) -> None:
+        if self._one_node is not None:
+            self._one_node.stop()
+            self._one_node = None
+
+
+@pytest.fixture(scope="session")
+def clusters(run_dir: Path) -> Iterator[Clusters]:
+    found = Clusters()
+    yield found
+    found.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,7 +123,7 @@ def nothing_left_behind(request: pytest.FixtureRequest, run_dir: Path) -> Iterat
         yield
         return
     marker = f"{os.getpid()}.{next(_numbers)}"
-    watch = leftovers.Watch(marker, run_dir)
+    watch = leftovers.Watch(marker, run_dir, ray_leftovers.watch())
     os.environ[leftovers.VARIABLE] = marker
     try:
         yield

@@ -17,7 +17,10 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ray_leftovers import RayWatch
 
 VARIABLE = "HEADGATE_TEST_ID"
 SHM = Path("/dev/shm")
@@ -113,24 +116,28 @@ class Watch:
 
     marker    the value of HEADGATE_TEST_ID that this test's processes inherit
     run_dir   the $XDG_RUNTIME_DIR of the test
+    ray       what to look at in a Ray cluster besides. Its driver, this process, opens descriptors at will
     """
 
-    def __init__(self, marker: str, run_dir: Path) -> None:
+    def __init__(self, marker: str, run_dir: Path, ray: RayWatch | None = None) -> None:
         gc.collect()
         self._marker = marker
         self._run_dir = run_dir
+        self._ray = ray
         self._children = descendants(processes(), os.getpid(), set())
         self._ports = listening_ports()
         self._files = run_files(run_dir)
         self._shm = shared_memory()
         self._descriptors = descriptors()
 
-    def leftovers(self, grace_s: float = 2.0) -> list[str]:
-        """A line for each thing left behind; what goes away within `grace_s` is not."""
+    def leftovers(self, grace_s: float | None = None) -> list[str]:
+        """A line for each thing left behind; what goes away within `grace_s` (2, or 6 on Ray) is not."""
         gc.collect()
+        if grace_s is None:
+            grace_s = 2.0 if self._ray is None else 6.0
         deadline = time.monotonic() + grace_s
         while (found := self._look()) and time.monotonic() < deadline:
-            time.sleep(0.01)
+            time.sleep(0.01 if self._ray is None else 0.1)
         return found
 
     def _look(self) -> list[str]:
@@ -140,6 +147,8 @@ class Watch:
         found += [f"port {port} of the test process" for port in sorted(listening_ports() - self._ports)]
         found += [f"{kind(path)} {path}" for path in sorted(run_files(self._run_dir) - self._files)]
         found += [f"shared memory {path}" for path in sorted(shared_memory() - self._shm)]
+        if self._ray is not None:
+            return found + self._ray.look()
         now = descriptors()
         if len(now) > len(self._descriptors):
             new = {fd: target for fd, target in now.items() if self._descriptors.get(fd) != target}
@@ -158,6 +167,8 @@ class Watch:
     def clean(self, patience_s: float = 5.0) -> None:
         """Kill and remove what `leftovers` names. Descriptors stay open: closing them could hit others."""
         deadline = time.monotonic() + patience_s
+        if self._ray is not None:
+            self._ray.clean()
         while (left := self._processes()) and time.monotonic() < deadline:
             for each in left:
                 with contextlib.suppress(ProcessLookupError):

@@ -6,6 +6,9 @@
 A handler gets a `Received` and returns the answer or raises. Its endpoint may have no room
 (`instance.room = 0`): requests wait then until `admit()`. A handler that returns HELD answers later,
 by `instance.held.pop().answer(value)`, on the loop that it came from.
+
+With `actors` its replicas are actors, as on Ray: a reservation is granted, and `instance.granted`
+holds its request by its token.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from typing import Any
 import msgspec
 
 from headgate.core import framing
-from headgate.core.state import Endpoint, Snapshot, Traffic
+from headgate.core.state import Endpoint, ReplicaAddress, Snapshot, Traffic
 from headgate.errors import HeadgateError, RequestTimeout
-from headgate.router import Caller
+from headgate.router import Caller, ShadowCaller
 from headgate.wire import payload
 from headgate.wire.thread import HeadgateThread
 
@@ -39,9 +42,10 @@ class Received:
         self.shard_key = shard_key
         self.request_id, self.endpoint, self.method_name, self.http_method, self.headers, has_kwargs = meta
         self.flags = caller.flags
-        self.data = payload.decode(caller.body)
+        self.data = None if caller.flags & framing.RESERVE else payload.decode(caller.body)
         self.kwargs: dict[str, Any] = {}
-        if has_kwargs:
+        self.has_kwargs = has_kwargs
+        if has_kwargs and self.data is not None:
             self.data, self.kwargs = self.data
 
     def answer(self, value: Any) -> None:
@@ -62,6 +66,26 @@ class Received:
         self.caller.on_error(500, framing.VALUE, 0, b"?" + body, 1, 1 + len(body))
 
 
+class MemoryLink:
+    """Enough of a link to tell which replica it leads to."""
+
+    replica = ReplicaAddress("it#0001", "/nowhere", 1)
+
+
+class MemoryHome:
+    """The home of an instance in memory; `actors`: its replicas are actors."""
+
+    token = b""
+    node = "local"
+
+    def __init__(self, key: str, actors: Any = None) -> None:
+        self.key = key
+        self.actors = actors
+
+    async def find(self, error: Exception | None) -> str | None:
+        return None
+
+
 class MemoryRouter:
     """Runs handlers on the loop it was made on, one turn after the request came."""
 
@@ -80,6 +104,10 @@ class MemoryRouter:
 
     def submit(self, endpoint: Endpoint, caller: Caller, shard_key: str | None = None) -> None:
         caller.backend = self  # type: ignore[assignment]
+        for _ in endpoint.traffic.shadows:
+            original = caller.original()
+            if original is not None:
+                self.instance.shadows.append(Received(ShadowCaller(original), None))
         self.waiting.append((endpoint, caller, shard_key))
         if caller.deadline != float("inf"):
             self.loop.call_at(caller.deadline, self._expire, caller)
@@ -91,7 +119,22 @@ class MemoryRouter:
         while self.waiting:
             endpoint, caller, shard_key = self.waiting.pop(0)
             caller.on_assigned()
-            self.loop.call_soon(self._run, endpoint, Received(caller, shard_key))
+            run = self._grant if caller.flags & framing.RESERVE else self._run
+            self.loop.call_soon(run, endpoint, Received(caller, shard_key))
+
+    def _grant(self, endpoint: Endpoint, received: Received) -> None:
+        refusal = self.instance.refusal
+        if received.caller in self.cancelled:
+            return
+        if refusal is not None:
+            text = b"?" + str(refusal).encode()
+            received.caller.on_error(refusal.http_status, 0, 0, text, 1, len(text))
+            return
+        token = (1 << 40) + next(_numbers)
+        received.caller.link = MemoryLink()  # type: ignore[assignment]
+        received.caller.answering = True
+        self.instance.granted[token] = received
+        received.caller.on_reply_start(200, framing.MORE, 2, b"?mm" + token.to_bytes(8, "little") + b"?", 1, 11)
 
     def _run(self, endpoint: Endpoint, received: Received) -> None:
         self.instance.received.append(received)
@@ -123,8 +166,11 @@ class MemoryInstance:
 
     role = "client"
 
-    def __init__(self, handlers: dict[str, Callable[[Received], Any]] | None = None) -> None:
-        self.directory = f"/nowhere/{next(_numbers)}"
+    def __init__(
+        self, handlers: dict[str, Callable[[Received], Any]] | None = None, actors: Any = None, key: str = ""
+    ) -> None:
+        self.key = key or f"/nowhere/{next(_numbers)}"
+        self.home = MemoryHome(self.key, actors)
         self.pid = os.getpid()
         self.usable = True
         self.room = 1
@@ -132,6 +178,9 @@ class MemoryInstance:
         self.snapshot = Snapshot(version=1)
         self.received: list[Received] = []
         self.held: list[Received] = []
+        self.granted: dict[int, Received] = {}
+        self.refusal: HeadgateError | None = None
+        self.shadows: list[Received] = []
         self.routers: dict[asyncio.AbstractEventLoop, MemoryRouter] = {}
         self.thread = HeadgateThread()
         self.follows = 0
@@ -139,10 +188,11 @@ class MemoryInstance:
         for name, handler in (handlers or {}).items():
             self.add(name, handler)
 
-    def add(self, name: str, handler: Callable[[Received], Any]) -> None:
+    def add(self, name: str, handler: Callable[[Received], Any], shadow: str = "") -> None:
         """Create an endpoint."""
         self.handlers[name] = handler
-        endpoint = Endpoint(name, None, ("GET",), Traffic(((name, 1.0),)))
+        traffic = Traffic(((name, 1.0),), ((shadow, 1.0),) if shadow else ())
+        endpoint = Endpoint(name, None, ("GET",), traffic)
         self.snapshot = Snapshot(self.snapshot.version + 1, (*self.snapshot.endpoints, endpoint))
         for watcher in list(self.watchers):
             watcher()

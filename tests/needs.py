@@ -2,6 +2,7 @@
 
     numpy = needs.module("numpy")            # a module: at the top of a file, or in a test
     needs.program("curl")                    # a program, in a test
+    needs.root()                             # the rights to make network namespaces
 
 CI is known by the environment variable CI. A skip there would be a test that nobody runs.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -27,6 +29,17 @@ def module(name: str) -> Any:
 def program(name: str) -> str:
     """The path of the program."""
     return shutil.which(name) or _missing(f"the program {name!r} is missing; install it")
+
+
+def root() -> None:
+    """The right to administer the machine's network."""
+    if os.geteuid() != 0:
+        _missing("this needs root, for network namespaces")
+    name = f"hgprobe{os.getpid()}"
+    probe = subprocess.run([program("ip"), "netns", "add", name], capture_output=True, text=True)
+    if probe.returncode != 0:
+        _missing(f"this root may not make network namespaces ({probe.stderr.strip()})")
+    subprocess.run([program("ip"), "netns", "del", name], check=True)
 
 
 def _missing(what: str) -> Any:

@@ -23,19 +23,26 @@ PACKAGE = ROOT / "src" / "headgate"
 #: Lowest first. A layer imports those below it; the parts of one layer never import each other.
 LAYERS = (
     ("errors",),
+    ("checks",),
+    ("options",),
     ("config",),
     ("core",),
     ("logs", "eventloop", "signals"),
     ("wire",),
+    ("backend_route",),
     ("engine", "router"),
-    ("instance",),
+    ("instance", "homes"),
     ("calls", "background"),
+    ("reservations",),
     ("lanes", "refs"),
+    ("reach", "arguments"),
     ("handle", "controller", "proxy", "replica", "params", "status"),
     ("launch",),
+    ("launch_ray",),
     ("api",),
+    ("engines",),
     ("starting",),
-    ("processes",),
+    ("processes", "actors"),
     ("__init__",),
 )
 
@@ -55,6 +62,7 @@ HOMES = {
     "httptools": {"proxy.second_opinion"},
     "uvloop": {"eventloop"},
     "starlette": {"replica.request", "replica.response", "proxy.asgi"},
+    "ray": {"engine.cluster"},
 }
 
 #: Too slow for the start-up path: 30 to 130 ms each. Inside a function is fine.

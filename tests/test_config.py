@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import pickle
 from fractions import Fraction
@@ -538,6 +539,57 @@ def test_resources_are_a_dict_of_amounts():
         check_ray_actor_options({"resources": {"tpu": "one"}})
     with pytest.raises(ConfigError, match=r"\['resources'\]\['tpu'\] must be a number >= 0, got -1"):
         check_ray_actor_options({"resources": {"tpu": -1}})
+
+
+def test_actor_options_become_what_json_holds():
+    mine = {
+        "num_gpus": Fraction(1, 4),
+        "num_cpus": numpy.int64(2),
+        "resources": {"tpu": numpy.float32(0.5)},
+        "runtime_env": {"py_modules": ("a", "b"), "env_vars": {"A": "ä"}, "deep": [None, True, {"x": []}]},
+        "scheduling_strategy": None,
+    }
+    found = check_ray_actor_options(mine)
+
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["num_gpus"] == 0.25
+    assert type(found["num_cpus"]) is int
+    assert found["runtime_env"]["py_modules"] == ["a", "b"]
+    assert found["scheduling_strategy"] is None
+    assert type(mine["runtime_env"]["py_modules"]) is tuple
+
+
+def endless():
+    found = []
+    found.append(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (Path("/tmp"), "is a PosixPath"),
+        ({"pip": {"numpy"}}, "is a set"),
+        ([b"bytes"], "b'bytes' is a bytes"),
+        ({"env_vars": {1: "x"}}, "the key 1 is a int"),
+        ([math.nan], "nan is no finite number"),
+        (2**64, "does not fit into 64 bits"),
+        ("\ud800", "text that UTF-8 cannot encode"),
+        ({"\ud800": 1}, "text that UTF-8 cannot encode"),
+        (endless(), "it contains itself"),
+    ],
+)
+def test_an_actor_option_that_json_cannot_hold_is_named(value, why):
+    with pytest.raises(ArgumentError) as error:
+        check_ray_actor_options({"num_cpus": 1, "runtime_env": value})
+
+    assert str(error.value).startswith("ray_actor_options['runtime_env'] must consist of what JSON can hold")
+    assert why in str(error.value)
+
+
+def test_the_name_of_an_actor_option_is_a_str():
+    with pytest.raises(ArgumentError, match="the name 7 must be a str, got int"):
+        check_ray_actor_options({7: 1})
 
 
 def test_env_is_copied():

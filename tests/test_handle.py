@@ -641,7 +641,7 @@ def test_a_handle_pickles_and_finds_its_instance_again(
     assert repr(copy) == repr(handle)
     with pytest.raises(InstanceError, match="is gone"):
         copy.call()
-    monkeypatch.setitem(instances._joined, instance.directory, instance)  # type: ignore[arg-type]
+    monkeypatch.setitem(instances._joined, instance.key, instance)  # type: ignore[arg-type]
     assert copy.call(1)["shard_key"] == "s"
     assert pickle.loads(pickle.dumps(copy)).call(2)["data"] == 2
 

@@ -17,6 +17,7 @@ from headgate.core import framing
 from headgate.core.state import BackendView, Endpoint, ReplicaAddress, Settings, Snapshot, Traffic
 from headgate.errors import BackendOverloaded, EndpointNotFound, HeadgateError, ReplicaDied, RequestTimeout
 from headgate.router import Caller, Router
+from headgate.wire.address import address_of, listen
 from headgate.wire.control import Acceptor
 from headgate.wire.link import Link, open_link
 from headgate.wire.slots import map_memory
@@ -89,24 +90,30 @@ class ReplicaEnd(Link):
 class Replica:
     """A listening replica whose behaviour is `on_call`."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, node: str = "local") -> None:
         self.name = name
-        self.address = str(folder / f"{name}.sock")
+        self.node = node
+        self.address = str(folder / f"{name}.sock") if node == "local" else "tcp://127.0.0.1:0"
         self.calls: list[tuple[ReplicaEnd, int, bytes]] = []
         self.heard: list[tuple[int, int, int, bytes]] = []
         self.links: list[ReplicaEnd] = []
         self.alive = True
         self.on_call: Callable[[ReplicaEnd, int, bytes], None] = lambda link, slot, body: None
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.address)
-        listener.listen()
+        listener = listen(self.address)
+        self.address = address_of(listener)
         self.acceptor = Acceptor(listener, TOKEN, self._admit)
         self.acceptor.open()
 
     async def _admit(self, sock: socket.socket, name: str, fds: list[int]) -> None:
-        await open_link(ReplicaEnd(self, map_memory(fds[0])), sock)
+        await open_link(ReplicaEnd(self, map_memory(fds[0]) if fds else None), sock)
         for fd in fds[1:]:
             os.close(fd)
+
+    def listed(self) -> ReplicaAddress:
+        """How a snapshot lists it: on another node it is reached by `remote` alone."""
+        if self.node == "local":
+            return ReplicaAddress(self.name, self.address, os.getpid())
+        return ReplicaAddress(self.name, "/nowhere", 0, self.node, self.address)
 
     def echo(self) -> Replica:
         def reply(link: ReplicaEnd, slot: int, body: bytes) -> None:
@@ -134,8 +141,8 @@ class Rig:
         self.version = 0
         self.replicas: list[Replica] = []
 
-    def replica(self, name: str) -> Replica:
-        self.replicas.append(Replica(name, self.folder))
+    def replica(self, name: str, node: str = "local") -> Replica:
+        self.replicas.append(Replica(name, self.folder, node))
         return self.replicas[-1]
 
     def publish(
@@ -149,7 +156,7 @@ class Rig:
                 tag,
                 1,
                 Settings(**settings),
-                tuple(ReplicaAddress(one.name, one.address, os.getpid()) for one in replicas),
+                tuple(one.listed() for one in replicas),
                 trouble,
             )
             for tag, replicas in backends.items()
@@ -616,3 +623,115 @@ async def test_what_a_replica_refuses_waits_only_if_there_is_room_in_the_line(ri
     replica.echo()
     replica.links[0].answer(framing.ROOM, 0, 2)
     assert await older.result() == ("reply", 200, b"r1:1")
+
+
+# --- several nodes ---
+
+
+@routed
+async def test_a_replica_of_another_node_is_reached_by_its_other_address(rig: Rig) -> None:
+    endpoint = rig.publish({"b": [rig.replica("r1", "far").echo()]})
+    assert await rig.ask(endpoint, b"hi") == ("reply", 200, b"r1:hi")
+    assert rig.replicas[0].links[0].page is None
+
+
+@routed
+async def test_of_idle_replicas_those_of_the_same_node_are_asked(rig: Rig) -> None:
+    far, near, other = rig.replica("r1", "far").echo(), rig.replica("r2").echo(), rig.replica("r3", "far").echo()
+    endpoint = rig.publish({"b": [far, near, other]}, max_concurrent_queries=1)
+    await until(lambda: len(rig.router.backends["b"].links) == 3)
+    assert {(await rig.ask(endpoint))[2] for _ in range(6)} == {b"r2:"}
+    answers = await asyncio.gather(*(rig.ask(endpoint) for _ in range(3)))
+    assert {answer[2] for answer in answers} == {b"r1:", b"r2:", b"r3:"}
+
+
+# --- slots that are held for later ---
+
+
+class Reserving(Asked):
+    """A caller that wants a slot only; its shadows, if it can have any, get `copy`."""
+
+    flags = framing.RESERVE
+
+    def __init__(self, copy: Caller | None = None) -> None:
+        super().__init__()
+        self.copy = copy
+
+    def original(self) -> Caller | None:
+        return self.copy
+
+
+def grant(link: ReplicaEnd, slot: int, body: bytes) -> None:
+    link.answer(framing.REPLY, slot, body=b"8 bytes!", flags=framing.MORE)
+
+
+@routed
+async def test_a_reserved_slot_is_taken_until_the_replica_says_that_it_is_not(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    replica.on_call = grant
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=1)
+    caller, next_one = Reserving(), Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    await until(lambda: caller.answering)
+    rig.router.submit(endpoint, next_one)
+    await settle()
+    assert len(replica.calls) == 1
+    replica.echo()
+    replica.links[0].answer(framing.END, replica.calls[0][1])
+    assert await caller.result() == ("end",)
+    assert await next_one.result() == ("reply", 200, b"r1:x")
+
+
+@pytest.mark.parametrize("idempotent", [False, True])
+def test_a_reservation_that_was_granted_is_never_made_again_elsewhere(folder: Path, idempotent: bool) -> None:
+    @routed
+    async def test(rig: Rig) -> None:
+        child = os.posix_spawn("/bin/true", ["/bin/true"], {})
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        dying = rig.replica("r1")
+        dying.on_call = grant
+        endpoint = rig.publish({"b": [dying]}, idempotent=idempotent)
+        await settle()
+        link = rig.router.backends["b"].links["r1"]
+        os.close(link._pidfd)
+        link._pidfd = os.pidfd_open(child)  # the process is dead, and had not begun: its page says so
+        caller = Reserving()
+        rig.router.submit(endpoint, caller)
+        await until(lambda: caller.answering)
+        other = rig.replica("r2").echo()
+        rig.publish({"b": [dying, other]}, idempotent=idempotent)
+        dying.links[0].abort()
+        assert isinstance(await caller.result(), ReplicaDied)
+        await settle()
+        assert not other.calls
+        assert rig.router.backends["b"].replicas.idle("r1")
+        os.waitpid(child, 0)
+
+    test(folder)
+
+
+@routed
+async def test_a_reservation_that_was_not_granted_yet_may_go_elsewhere(rig: Rig) -> None:
+    leaving, staying = rig.replica("r1").refuse_with(framing.DRAINING), rig.replica("r2")
+    staying.on_call = grant
+    endpoint = rig.publish({"b": [leaving]})
+    caller = Reserving()
+    rig.router.submit(endpoint, caller)
+    await until(lambda: leaving.calls)
+    rig.publish({"b": [staying]})
+    await until(lambda: caller.answering)
+
+
+@routed
+async def test_the_shadow_of_a_reservation_is_an_ordinary_request(rig: Rig) -> None:
+    main, shadow = rig.replica("r1"), rig.replica("r2").echo()
+    main.on_call = grant
+    traffic = Traffic(weights=(("a", 1.0),), shadows=(("b", 1.0),))
+    endpoint = rig.publish({"a": [main], "b": [shadow]}, traffic)
+    for caller in (Reserving(Asked(b"encoded")), Reserving()):
+        rig.router.submit(endpoint, caller)
+        await until(lambda caller=caller: caller.answering)
+    await until(lambda: shadow.calls)
+    await settle()
+    assert [body for _, _, body in shadow.calls] == [b"encoded"]
+    assert [body for _, _, body in main.calls] == [b"", b""]

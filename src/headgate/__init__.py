@@ -31,7 +31,8 @@ if problem := _unsupported(sys.platform, sys.implementation.name, sys.version_in
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "headgate.api": ("Client", "connect"),
+    "headgate.api": ("Client",),
+    "headgate.engines": ("connect",),
     "headgate.config": ("BackendConfig", "DeploymentMode", "HTTPOptions", "accept_batch"),
     "headgate.refs": ("ObjectRef", "get", "wait"),
     "headgate.replica.context": (
@@ -51,8 +52,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from typing import Any
 
-    from headgate.api import Client, connect
+    from headgate.api import Client
     from headgate.config import BackendConfig, DeploymentMode, HTTPOptions, accept_batch
+    from headgate.engines import connect
     from headgate.errors import (
         ArgumentError,
         BackendError,

@@ -1,4 +1,4 @@
-"""What a program calls: connect, and the Client that it and starting.py return.
+"""The Client that start and connect return (starting.py, engines.py): what a program calls.
 
 A Client's methods change or show the instance's goals: each is one call of the controller, and
 when it returns, what it did is stored and in force in every proxy and handle. Requests do not
@@ -10,85 +10,23 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from headgate import config as configs
 from headgate import params
-from headgate.errors import ArgumentError, ConfigError, HeadgateError, InstanceError
-from headgate.launch import SHUTDOWN_S, Ending, launch
+from headgate.errors import ArgumentError, ConfigError, InstanceError
+from headgate.launch import SHUTDOWN_S, Ending
 from headgate.signals import Interrupts
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from headgate.engine.ignition import Spark
     from headgate.handle import AsyncServeHandle, ServeHandle
     from headgate.instance import Instance
     from headgate.status import Status
 
 _GET = ["GET"]
-
-
-def begin(
-    spark: Spark, http: Mapping[str, Any], options: Any, *, detached: Any, engine: Any, namespace: Any
-) -> Client:
-    """What `starting.start` goes on with, once a supervisor was executed."""
-    if engine not in (None, "local"):
-        raise ConfigError(f'engine {engine!r} is not available in this version; use engine="local"')
-    if not isinstance(detached, bool):
-        raise ArgumentError(f"detached must be True or False, got {detached!r}")
-    params.text("namespace", namespace)
-    chosen = _options(http, options)
-    params.check_certificate(chosen)
-    launched = launch(spark, chosen, namespace, detached)
-    ending = Ending(launched, detached)
-    try:
-        from headgate.instance import Instance  # heavy: imported while the supervisor starts
-
-        instance = Instance(launched.path, launched.token, f"driver-{os.getpid()}-{os.urandom(4).hex()}")
-        ending.join(instance)
-    except BaseException as error:
-        ending.now(force=True)
-        if isinstance(error, HeadgateError):
-            raise InstanceError(f"the instance did not start: {error}") from None
-        raise
-    return Client(instance, launched.address, ending)
-
-
-def _options(old: Mapping[str, Any], options: Any) -> configs.HTTPOptions:
-    if not old:
-        return configs.as_http_options(options)
-    names = ", ".join(f"http_{name}" for name in old)
-    if options is not None:
-        raise ConfigError(f"{names} and http_options say the same twice; put everything into http_options")
-    warnings.warn(f"{names}: use http_options={{...}} instead", DeprecationWarning, stacklevel=4)
-    return configs.as_http_options(old)
-
-
-def connect(namespace: str = "default") -> Client:
-    """A client of a running instance; its going away ends nothing.
-
-    In a script: the detached instance of that namespace on this machine. Inside a backend: the
-    instance that the backend belongs to. Raises InstanceError when there is none, and
-    ControllerUnavailable when it does not answer.
-    """
-    from headgate import instance as instances
-    from headgate.engine import directory
-
-    params.text("namespace", namespace)
-    instance = instances.own()
-    if instance is None:
-        path = directory.find(directory.base(), namespace)
-        if path is None:
-            raise InstanceError(
-                f"no detached instance of namespace {namespace!r} runs on this machine; "
-                f"start one with headgate.start(detached=True, namespace={namespace!r})"
-            )
-        instance = instances.join(path, directory.read_token(path))
-    instance.follow()
-    return Client(instance, directory.read_address(instance.directory), None)
 
 
 class Client:
@@ -124,7 +62,8 @@ class Client:
 
         func_or_class       called with one request, or a class that is built once per replica with
                             *init_args; or an import path "module:name"
-        ray_actor_options   resources per replica; this engine looks at num_gpus only
+        ray_actor_options   resources and runtime_env of each replica, as Ray's actors take them; must consist of
+                            what JSON can hold. The local engine looks at num_gpus only
         env                 environment variables of the replicas
 
         Raises ConfigError (ValueError), ArgumentError (TypeError), SerializationError (the code
@@ -157,8 +96,7 @@ class Client:
         self._instance.check()
         params.text("tag", tag)
         given = self._given(tag, config, new=method == "create_backend")
-        resources = configs.check_ray_actor_options(resources)
-        num_gpus = resources.get("num_gpus")
+        resources = None if resources is None else configs.check_ray_actor_options(resources)
         variables = None if env is None else configs.check_env(env)
         blob, facts = code.pack(target, init_args)
         self._instance.call(
@@ -167,7 +105,7 @@ class Client:
             code=blob,
             facts=facts,
             env=variables,
-            num_gpus=None if num_gpus is None else float(num_gpus),
+            resources=resources,
             **params.config(given),
         )
 
@@ -308,11 +246,11 @@ class Client:
 
     def _end_connected(self) -> None:
         """Shut down an instance that this process did not start; returns when it is gone."""
-        from headgate.engine import directory
+        from headgate.homes import is_alive
 
         self._instance.call("shutdown", timeout_s=SHUTDOWN_S)
         give_up = time.monotonic() + 5.0
-        while directory.is_alive(self._instance.directory) and time.monotonic() < give_up:
+        while is_alive(self._instance.key) and time.monotonic() < give_up:
             time.sleep(0.005)
         self._instance.leave()
 

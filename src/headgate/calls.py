@@ -91,6 +91,9 @@ class Way(Protocol):
     def put(self, call: Call) -> None:
         """Submit it, from any thread."""
 
+    def submit(self, call: Call) -> None:
+        """Submit it, on the loop."""
+
     def cancel(self, call: Call) -> None:
         """Give it up, from any thread."""
 
@@ -99,6 +102,9 @@ class Way(Protocol):
 
     def run(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call something on the loop."""
+
+    def shadowed(self, endpoint: str) -> bool:
+        """Whether copies of requests to that endpoint go to shadows; from any thread."""
 
 
 class Call(Caller):

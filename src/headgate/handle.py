@@ -6,14 +6,13 @@ handle sends from the loop that it is used on. Both are immutable: `options` ret
 A handle pickles. Where it is unpickled it finds its instance again when it is first used: in a
 replica by the replica's own membership, elsewhere by joining.
 
-What travels is calls.py; what `remote` returns is refs.py.
+What travels is calls.py, reservations.py where replicas are actors; what `remote` returns is refs.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import threading
 from functools import partial
@@ -21,13 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from headgate import instance as instances
+from headgate.arguments import any_ref, has_refs, is_own, settle, settle_here, submit_with_refs
 from headgate.calls import Call, Options, Target
-from headgate.engine.directory import read_token
-from headgate.errors import ArgumentError, ConfigError, InstanceError
-from headgate.lanes import Lane, lane_of, no_endpoint
-from headgate.refs import ObjectRef, block_until, has_refs, submit_with_refs, wake
-from headgate.wire.control import OVER
+from headgate.errors import ArgumentError, ConfigError
+from headgate.lanes import Lane, no_endpoint
+from headgate.reach import Reach
+from headgate.refs import ObjectRef, block_until, wake
+from headgate.reservations import Actors, Reservation, claim, send_courier
 
 if TYPE_CHECKING:
     from headgate.instance import Instance
@@ -38,60 +37,12 @@ _KEEP: Any = object()
 _H = TypeVar("_H", bound="_Handle")
 
 
-class _Reach:
-    """The instance that a handle calls; after unpickling or a fork it is joined at the first use."""
-
-    __slots__ = ("_instance", "_lane", "_lock", "directory")
-
-    def __init__(self, directory: str, instance: Instance | None = None) -> None:
-        self.directory = directory
-        self._instance = instance
-        self._lane: Lane | None = None  # the one used last
-        self._lock = threading.Lock()
-
-    def lane_of_thread(self) -> Lane:
-        """The lane of the headgate thread, for a sync handle. InstanceError as `instance`."""
-        lane = self._lane
-        if lane is None or lane.closed or not lane.instance.usable:
-            instance = self.instance()
-            self._lane = lane = lane_of(instance, instance.thread.loop)
-        return lane
-
-    def lane_here(self) -> Lane:
-        """The lane of the running loop, for an async handle. InstanceError as `instance`."""
-        loop = asyncio.get_running_loop()
-        lane = self._lane
-        if lane is None or lane.loop is not loop or lane.closed or not lane.instance.usable:
-            self._lane = lane = lane_of(self.instance(), loop)
-        return lane
-
-    def instance(self) -> Instance:
-        """The instance. InstanceError if it was shut down or does not run."""
-        instance = self._instance
-        if instance is None or instance.pid != os.getpid():
-            with self._lock:
-                instance = self._instance = self._join()
-        if not instance.usable:
-            raise InstanceError(OVER)
-        return instance
-
-    def _join(self) -> Instance:
-        own = instances.own()
-        if own is not None and own.directory == self.directory:
-            instance = own
-        else:
-            known = instances.joined(self.directory)
-            instance = known or instances.join(self.directory, read_token(self.directory))
-        instance.follow()
-        return instance
-
-
 class _Handle:
     """What both kinds of handles share."""
 
     __slots__ = ("_reach", "_target")
 
-    def __init__(self, reach: _Reach, target: Target) -> None:
+    def __init__(self, reach: Reach, target: Target) -> None:
         self._reach = reach
         self._target = target
 
@@ -131,7 +82,7 @@ class _Handle:
     def __reduce__(self) -> tuple[Any, ...]:
         target = self._target
         known = (target.endpoint, target.missing_ok, msgspec.structs.asdict(target.options))
-        return _unpickled, (type(self), *known, self._reach.directory)
+        return _unpickled, (type(self), *known, self._reach.key)
 
 
 class ServeHandle(_Handle):
@@ -139,29 +90,41 @@ class ServeHandle(_Handle):
 
     __slots__ = ()
 
-    def remote(self, data: Any = None, /, **kwargs: Any) -> ObjectRef:
-        """Send a request; returns once a replica is assigned, the ObjectRef of its answer.
+    def remote(self, data: Any = None, /, **kwargs: Any) -> Any:
+        """Send a request; returns once a replica is assigned, the ref of its answer.
+
+        On the local engine that is a headgate.ObjectRef, on Ray a ray.ObjectRef: headgate.get and
+        headgate.wait take both.
 
         The handler finds `data` as `request.data`, the keyword arguments as `request.query_params`.
         A ref among the arguments is replaced by its value first; `remote` then returns at once.
+        (On Ray it waits for refs of an instance on the local engine.)
 
         Raises what keeps the request from being assigned: EndpointNotFound, BackendOverloaded,
         RequestTimeout, SerializationError, InstanceError.
         """
-        call, sent = self._start(data, kwargs, True)
+        lane = self._reach.lane_of_thread()
+        if lane.actors is not None:
+            return self._reserve(lane, lane.actors, data, kwargs)
+        call, sent = self._start(lane, data, kwargs)
         if not sent:
-            lock = threading.Lock()
-            lock.acquire()
-            call.on_assignment = lock.release
-            call.lane.put(call)
-            _acquire(lock, call)
-            if not call.assigned:
-                call.take()
+            _assign(call)
         return ObjectRef(call)
+
+    def _reserve(self, lane: Lane, actors: Actors, data: Any, kwargs: dict[str, Any]) -> Any:
+        """`remote` where replicas are actors."""
+        call = Reservation(lane, self._target)
+        if has_refs(data, kwargs):
+            data, kwargs = settle(call, is_own, data, kwargs)
+        if any_ref(actors.is_ref, data, kwargs):
+            return send_courier(actors, self._reach.key, self._target, data, kwargs)
+        call.fill(_portable(data) if _is_request(data) else data, kwargs)
+        _assign(call)
+        return claim(actors, call)
 
     def call(self, data: Any = None, /, **kwargs: Any) -> Any:
         """Send a request and return its answer; raises what the handler raised. Arguments as `remote`'s."""
-        call, sent = self._start(data, kwargs, False)
+        call, sent = self._start(self._reach.lane_of_thread(), data, kwargs)
         if sent:
             try:
                 block_until(call)
@@ -176,9 +139,11 @@ class ServeHandle(_Handle):
             _acquire(lock, call)
         return call.take()
 
-    def _start(self, data: Any, kwargs: dict[str, Any], early: bool) -> tuple[Call, bool]:
+    def _start(self, lane: Lane, data: Any, kwargs: dict[str, Any]) -> tuple[Call, bool]:
         """A call to be submitted; True: it is on its way already, since it waits for refs."""
-        call = Call(self._reach.lane_of_thread(), self._target)
+        call = Call(lane, self._target)
+        if lane.actors is not None and any_ref(lane.actors.is_ref, data, kwargs):
+            data, kwargs = settle(call, lane.actors.is_ref, data, kwargs)
         if has_refs(data, kwargs):
             submit_with_refs(call, data, kwargs)
             return call, True
@@ -191,24 +156,39 @@ class AsyncServeHandle(_Handle):
 
     __slots__ = ()
 
-    async def remote(self, data: Any = None, /, **kwargs: Any) -> ObjectRef:
-        """As ServeHandle.remote; await the ObjectRef for the answer."""
-        call = self._start(await _with_body(data) if _is_request(data) else data, kwargs)
-        if not (call.assigned or call.done):
-            future = call.lane.loop.create_future()
-            call.on_assignment = partial(wake, future)
-            try:
-                await future
-            except asyncio.CancelledError:
-                call.lane.cancel(call)
-                raise
-        if not call.assigned:
-            call.take()
+    async def remote(self, data: Any = None, /, **kwargs: Any) -> Any:
+        """As ServeHandle.remote; await the ref that it returns for the answer."""
+        lane = self._reach.lane_here()
+        if _is_request(data):
+            data = await _with_body(data)
+        if lane.actors is not None:
+            return await self._reserve(lane, lane.actors, data, kwargs)
+        call = Call(lane, self._target)
+        self._start(call, data, kwargs)
+        await _assigned(call)
         return ObjectRef(call)
+
+    async def _reserve(self, lane: Lane, actors: Actors, data: Any, kwargs: dict[str, Any]) -> Any:
+        """`remote` where replicas are actors."""
+        call = Reservation(lane, self._target)
+        if has_refs(data, kwargs):
+            data, kwargs = await settle_here(call, is_own, data, kwargs)
+        if any_ref(actors.is_ref, data, kwargs):
+            return send_courier(actors, self._reach.key, self._target, data, kwargs)
+        call.fill(data, kwargs)
+        lane.submit(call)
+        await _assigned(call)
+        return claim(actors, call)
 
     async def call(self, data: Any = None, /, **kwargs: Any) -> Any:
         """Send a request and return its answer; as ServeHandle.call. Cancelling it cancels the request."""
-        call = self._start(await _with_body(data) if _is_request(data) else data, kwargs)
+        lane = self._reach.lane_here()
+        if _is_request(data):
+            data = await _with_body(data)
+        call = Call(lane, self._target)
+        if lane.actors is not None and any_ref(lane.actors.is_ref, data, kwargs):
+            data, kwargs = await settle_here(call, lane.actors.is_ref, data, kwargs)
+        self._start(call, data, kwargs)
         if not call.done:
             call.future = future = call.lane.loop.create_future()
             try:
@@ -218,15 +198,12 @@ class AsyncServeHandle(_Handle):
                 raise
         return call.take()
 
-    def _start(self, data: Any, kwargs: dict[str, Any]) -> Call:
-        lane = self._reach.lane_here()
-        call = Call(lane, self._target)
+    def _start(self, call: Call, data: Any, kwargs: dict[str, Any]) -> None:
         if has_refs(data, kwargs):
             submit_with_refs(call, data, kwargs)
         else:
             call.fill(data, kwargs)
-            lane.submit(call)
-        return call
+            call.lane.submit(call)
 
 
 def make_handle(
@@ -240,11 +217,11 @@ def make_handle(
         raise no_endpoint(instance, endpoint)
     _warn_of_context(endpoint, sync)
     kind = ServeHandle if sync else AsyncServeHandle
-    return kind(_Reach(instance.directory, instance), Target(endpoint, missing_ok, Options()))
+    return kind(Reach(instance.key, instance), Target(endpoint, missing_ok, Options()))
 
 
-def _unpickled(kind: type[_H], endpoint: str, missing_ok: bool, options: dict[str, Any], directory: str) -> _H:
-    return kind(_Reach(directory), Target(endpoint, missing_ok, Options(**options)))
+def _unpickled(kind: type[_H], endpoint: str, missing_ok: bool, options: dict[str, Any], key: str) -> _H:
+    return kind(Reach(key), Target(endpoint, missing_ok, Options(**options)))
 
 
 def _warn_of_context(endpoint: str, sync: bool) -> None:
@@ -280,6 +257,31 @@ def _check(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         raise ArgumentError(f"{name} must be a str, got {type(value).__name__}")
     return value
+
+
+def _assign(call: Call) -> None:
+    """Submit a call from a thread and wait until it is assigned; raises what keeps it from that."""
+    lock = threading.Lock()
+    lock.acquire()
+    call.on_assignment = lock.release
+    call.lane.put(call)
+    _acquire(lock, call)
+    if not call.assigned:
+        call.take()
+
+
+async def _assigned(call: Call) -> None:
+    """As `_assign`, for a call that was submitted on this loop."""
+    if not (call.assigned or call.done):
+        future = call.lane.loop.create_future()
+        call.on_assignment = partial(wake, future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            call.lane.cancel(call)
+            raise
+    if not call.assigned:
+        call.take()
 
 
 def _acquire(lock: threading.Lock, call: Call) -> None:

@@ -24,6 +24,7 @@ from headgate.errors import ControllerUnavailable, InstanceError
 from headgate.router import Router
 from headgate.wire import messages
 from headgate.wire.control import OVER, ControlClient
+from headgate.wire.home import Home
 from headgate.wire.pending import SILENCE_S, SILENT
 from headgate.wire.thread import HeadgateThread
 
@@ -36,13 +37,15 @@ _join_lock = threading.Lock()
 class Instance:
     """A running instance, as one process takes part in it.
 
-    directory   the run directory, which holds the control socket and the token
-    name        this process's id in the instance
+    home   the way to it
+    key    tells it from other instances
+    name   this process's id in the instance
+    node   of this process
     """
 
-    def __init__(self, directory: str, token: bytes, name: str, role: str = "client") -> None:
-        self.directory = directory
-        self.token = token
+    def __init__(self, home: Home, name: str, role: str = "client") -> None:
+        self.home = home
+        self.node = home.node
         self.name = name
         self.role = role
         self.pid = os.getpid()
@@ -57,6 +60,11 @@ class Instance:
         self._when_gone: list[Callable[[], object]] = []
         self._watchers: set[Callable[[], object]] = set()
 
+    @property
+    def key(self) -> str:
+        """What tells this instance from others: the run directory, or "ray:<Ray namespace>"."""
+        return self.home.key
+
     # --- joining ---
 
     def join(
@@ -66,6 +74,23 @@ class Instance:
         timeout_s: float | None = None,
     ) -> None:
         """Start the headgate thread and connect. Raises InstanceError if nobody listens, and TimeoutError."""
+        self.thread.start()
+        try:
+            self.control = self.thread.connect(self._client(report, on_message), timeout_s)
+        except BaseException:
+            self.thread.stop()
+            raise
+        self._leave = weakref.finalize(self, _leave, self.thread, self.control, self._routers, self.pid)
+        with _join_lock:
+            _joined[self.key] = self
+        watch = getattr(self.home, "watch", None)
+        if watch is not None:
+            watch(self.control.end_threadsafe)
+
+    def _client(
+        self, report: Callable[[], messages.Report | None], on_message: Callable[[messages.FromController], None]
+    ) -> Callable[[], ControlClient]:
+        """What makes the control client, which does not hold this."""
         this = weakref.ref(self)
 
         def spread(snapshot: Snapshot) -> None:
@@ -76,22 +101,11 @@ class Instance:
             if (instance := this()) is not None:
                 instance._gone()
 
-        path = os.path.join(self.directory, "control.sock")
-        hello = _hello(self.role, self.name, self._following, report)
-        self.thread.start()
-        try:
-            self.control = self.thread.connect(
-                lambda: ControlClient(
-                    path, self.token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone
-                ),
-                timeout_s,
-            )
-        except BaseException:
-            self.thread.stop()
-            raise
-        self._leave = weakref.finalize(self, _leave, self.thread, self.control, self._routers, self.pid)
-        with _join_lock:
-            _joined[self.directory] = self
+        find, token = self.home.find, self.home.token
+        hello = _hello(self.role, self.name, self.node, self._following, report)
+        return lambda: ControlClient(
+            find, token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone
+        )
 
     @property
     def snapshot(self) -> Snapshot:
@@ -170,7 +184,7 @@ class Instance:
         loop = asyncio.get_running_loop()
         router = self._routers.get(loop)
         if router is None or router.closed:
-            router = Router(self.token, self.name)
+            router = Router(self.home.token, self.name, node=self.node)
             with self._lock:
                 self._routers[loop] = router
             if loop is not self.thread.loop:
@@ -196,17 +210,17 @@ class Instance:
             return
         self.closed = True
         with _join_lock:
-            if _joined.get(self.directory) is self:
-                del _joined[self.directory]
+            if _joined.get(self.key) is self:
+                del _joined[self.key]
         self._leave()
         self._gone()
 
 
 def _hello(
-    role: str, name: str, following: list[bool], report: Callable[[], messages.Report | None]
+    role: str, name: str, node: str, following: list[bool], report: Callable[[], messages.Report | None]
 ) -> Callable[[int], messages.Hello]:
     pid = os.getpid()
-    return lambda version: messages.Hello(role, name, pid, following[0], version, report())
+    return lambda version: messages.Hello(role, name, pid, following[0], version, report(), node)
 
 
 def _leave(
@@ -238,10 +252,10 @@ async def _keep(router: Router) -> None:
         router.close()
 
 
-def joined(directory: str) -> Instance | None:
-    """The membership that this process already has in the instance of that run directory."""
+def joined(key: str) -> Instance | None:
+    """The membership that this process already has in the instance of that key."""
     with _join_lock:
-        instance = _joined.get(directory)
+        instance = _joined.get(key)
     return instance if instance is not None and instance.usable else None
 
 
@@ -254,15 +268,15 @@ def own() -> Instance | None:
     return None
 
 
-def join(directory: str, token: bytes) -> Instance:
+def join(home: Home) -> Instance:
     """Take part in a running instance, once per process.
 
     Raises InstanceError if it does not run, and ControllerUnavailable if nobody answers there.
     """
-    known = joined(directory)
+    known = joined(home.key)
     if known is not None:
         return known
-    instance = Instance(directory, token, f"client-{os.getpid()}-{os.urandom(4).hex()}")
+    instance = Instance(home, f"client-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         instance.join(timeout_s=SILENCE_S)
     except TimeoutError:

@@ -20,6 +20,7 @@ from typing import Any
 from headgate.calls import Call
 from headgate.errors import EndpointNotFound, InstanceError, RequestCancelled, RequestTimeout
 from headgate.instance import Instance
+from headgate.reservations import Actors
 from headgate.router import Router
 from headgate.wire.control import OVER
 
@@ -29,11 +30,15 @@ _SWEEP_S = 0.25  # how soon a call notices that its instance has ended
 
 
 class Lane:
-    """The way from any thread to the router of one event loop. Made by `lane_of`."""
+    """The way from any thread to the router of one event loop. Made by `lane_of`.
+
+    actors   the replicas as actors (reservations.py); None where they are plain processes
+    """
 
     def __init__(self, instance: Instance, loop: asyncio.AbstractEventLoop) -> None:
         self.instance = instance
         self.loop = loop
+        self.actors: Actors | None = getattr(instance.home, "actors", None)
         self.pending: set[Call] = set()  # with the router, or waiting for an endpoint
         self.closed = False
         self._router: Router | None = None
@@ -70,6 +75,11 @@ class Lane:
             raise InstanceError(
                 OVER if self.closed or not self.instance.usable else "the event loop of this call is closed"
             ) from None
+
+    def shadowed(self, endpoint: str) -> bool:
+        """Whether copies of requests to that endpoint go to shadows; from any thread."""
+        known = self.instance.endpoint(endpoint)
+        return known is not None and bool(known.traffic.shadows)
 
     # --- on the loop ---
 

@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headgate.engine import boot, directory, listener
 from headgate.errors import HeadgateError, InstanceError
@@ -39,6 +39,14 @@ SHUTDOWN_S = 30.0
 _DYING_S = 2.0
 
 
+class Launch(Protocol):
+    """What was started, as far as ending it goes; launch_ray.py has the other one."""
+
+    def kill(self, number: int = ...) -> None: ...
+    def reap(self) -> object: ...
+    def collect(self, timeout_s: float = ...) -> bool: ...
+
+
 class Launched:
     """A supervisor that this process executed: where it lives, what it listens on, and its end."""
 
@@ -54,6 +62,10 @@ class Launched:
         with self._lock, contextlib.suppress(ProcessLookupError):
             if self._pidfd >= 0:
                 signal.pidfd_send_signal(self._pidfd, number)
+
+    def reap(self) -> None:
+        """The instance is over: collect what is left of it."""
+        self.collect()
 
     def collect(self, timeout_s: float = _DYING_S) -> bool:
         """Wait for the supervisor's end, reap it and remove what it left; False if it lives on."""
@@ -105,7 +117,7 @@ def launch(spark: Spark, options: HTTPOptions, namespace: str, detached: bool) -
                 lock_fd=lock,
                 control_fd=control.fileno(),
                 http_fd=-1 if http is None else http.fileno(),
-                http=_portable(options),
+                http=portable(options),
                 middlewares=middlewares,
             )
             boot.tell(spark, record)
@@ -129,7 +141,8 @@ def _write_address(path: str, http: socket.socket | None, options: HTTPOptions) 
     return address
 
 
-def _portable(options: HTTPOptions) -> dict[str, Any]:
+def portable(options: HTTPOptions) -> dict[str, Any]:
+    """The fields of `options` as they go into a boot record: all but the middlewares."""
     return {
         name: str(value) if name == "location" and value is not None else value
         for name, value in options.to_dict().items()
@@ -143,7 +156,7 @@ class Ending:
     instance   this process's membership in it, once it has joined
     """
 
-    def __init__(self, launched: Launched, detached: bool) -> None:
+    def __init__(self, launched: Launch, detached: bool) -> None:
         self.instance: Instance | None = None
         self._launched = launched
         self._detached = detached
@@ -152,15 +165,20 @@ class Ending:
         self._done = False
         self._catches_sigterm = False
 
-    def join(self, instance: Instance) -> None:
-        """Become a member, and return when the instance is ready. Raises InstanceError if it will not be."""
+    def join(self, instance: Instance) -> str | None:
+        """Become a member, and return when the instance is ready: the URL of the proxy for this node.
+
+        Raises InstanceError if it will not be.
+        """
         self.instance = instance
-        instance.when_gone(self._launched.collect)
+        instance.when_gone(self._launched.reap)
         try:
             instance.join(timeout_s=START_S)
-            instance.call("wait_ready", timeout_s=START_S)
+            ready = instance.call("wait_ready", timeout_s=START_S)
         except TimeoutError:
             raise InstanceError(f"it was not ready after {START_S:g} s") from None
+        address: str | None = ready["http"]
+        return address
 
     def with_client(self, client: object) -> None:
         """From now on the instance ends when `client` is collected or the interpreter exits, by SIGTERM too."""

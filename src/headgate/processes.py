@@ -20,9 +20,23 @@ def supervisor_main(boot_fd: int) -> NoReturn:
     supervisor.main(boot.read(boot_fd))
 
 
+def agent_supervisor_main(boot_fd: int) -> NoReturn:
+    """Run the supervisor of a node of a cluster, whose controller is elsewhere."""
+    from headgate.engine import boot, roles, supervisor
+
+    supervisor.main(boot.read(boot_fd), roles.AGENT_ROLES)
+
+
 def controller_main(child: ChildBoot) -> int | None:
     """Run the controller until the instance shuts down."""
-    from headgate.controller.controller import main
+    from headgate.controller.serving import main
+
+    return main(child)
+
+
+def agent_main(child: ChildBoot) -> int | None:
+    """Stand between the node's supervisor and the controller until the instance is over."""
+    from headgate.engine.agent import main
 
     return main(child)
 

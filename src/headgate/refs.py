@@ -3,6 +3,8 @@
 A ref keeps the answer as bytes until somebody asks, and rebuilds the value on the asker's thread.
 An answer that nobody asks for, error or not, is dropped in silence.
 
+On Ray, `remote` returns refs of Ray's own: get and wait take those too.
+
 A ref may be waited for on any thread and any event loop. The one way to wait for ever would be
 to block the loop that the answer has to come through: that raises instead.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -22,11 +24,11 @@ from headgate.calls import Call
 from headgate.errors import (
     ArgumentError,
     ConfigError,
-    HeadgateError,
     InstanceError,
     RequestTimeout,
     SerializationError,
 )
+from headgate.reservations import Refs, refs_here
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -124,37 +126,57 @@ class ObjectRef:
 @overload
 def get(refs: ObjectRef, timeout: float | None = None) -> Any: ...
 @overload
-def get(refs: Sequence[ObjectRef], timeout: float | None = None) -> list[Any]: ...
+def get(refs: Sequence[Any], timeout: float | None = None) -> list[Any]: ...
+@overload
+def get(refs: Any, timeout: float | None = None) -> Any: ...
 def get(refs: Any, timeout: float | None = None) -> Any:
     """The value of a ref, or the list of the values of several; blocks until all are here.
 
     Raises what a handler raised, and RequestTimeout (a TimeoutError) when `timeout` seconds pass
-    first: the requests go on, and get may be called again.
+    first: the requests go on, and get may be called again. Takes refs of headgate's and of Ray's.
     """
     try:
         if isinstance(refs, ObjectRef):
             return refs.result(timeout)
+        found, engine = _checked(refs, "get")
+        if engine is not None:
+            values = _get_both(engine, found, timeout)
+            return values if isinstance(refs, Sequence) else values[0]
         if timeout is None:
-            return [ref.result() for ref in _checked(refs, "get")]
+            return [ref.result() for ref in found]
         until = monotonic() + timeout
-        return [ref.result(max(0.0, until - monotonic())) for ref in _checked(refs, "get")]
+        return [ref.result(max(0.0, until - monotonic())) for ref in found]
     finally:
         del refs  # as in ObjectRef.result
 
 
-def wait(
-    refs: Sequence[ObjectRef], num_returns: int = 1, timeout: float | None = None
-) -> tuple[list[ObjectRef], list[ObjectRef]]:
+def _get_both(engine: Refs, refs: list[Any], timeout: float | None) -> list[Any]:
+    """The values of refs of which some are the engine's own."""
+    until = None if timeout is None else monotonic() + timeout
+    rest = iter(engine.get([ref for ref in refs if not isinstance(ref, ObjectRef)], _in_future(timeout)))
+
+    def value(ref: Any) -> Any:
+        if isinstance(ref, ObjectRef):
+            return ref.result(None if until is None else max(0.0, until - monotonic()))
+        return next(rest)
+
+    return [value(ref) for ref in refs]
+
+
+def wait(refs: Sequence[Any], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Any], list[Any]]:
     """Block until `num_returns` of `refs` are answered, or `timeout` seconds have passed.
 
     Returns (ready, not ready), both in the order of `refs`; of those that are ready at most
-    `num_returns` are in the first list. An error counts as an answer.
+    `num_returns` are in the first list. An error counts as an answer. All refs are headgate's, or
+    all are Ray's.
     """
-    given = _checked(refs, "wait")
+    given, engine = _checked(refs, "wait")
     if len(set(given)) != len(given):
         raise ConfigError("wait needs each ref once")
     if isinstance(num_returns, bool) or not isinstance(num_returns, int) or not 1 <= num_returns <= len(given):
         raise ConfigError(f"num_returns must be an integer from 1 to the {len(given)} refs, got {num_returns!r}")
+    if engine is not None:
+        return _wait_for_others(engine, given, num_returns, timeout)
     if sum(ref._call.done for ref in given) < num_returns:
         _block_until_some([ref._call for ref in given], num_returns, timeout)
     ready = [ref for ref in given if ref._call.done][:num_returns]
@@ -162,13 +184,37 @@ def wait(
     return ready, [ref for ref in given if ref not in chosen]
 
 
-def _checked(refs: Any, caller: str) -> list[ObjectRef]:
+def _wait_for_others(
+    engine: Refs, refs: list[Any], num_returns: int, timeout: float | None
+) -> tuple[list[Any], list[Any]]:
+    own = next((ref for ref in refs if isinstance(ref, ObjectRef)), None)
+    if own is not None:
+        other = next(ref for ref in refs if not isinstance(ref, ObjectRef))
+        raise ArgumentError(
+            f"headgate.wait needs refs of one kind, got {_kind(own)} and {_kind(other)}; wait for each kind by itself"
+        )
+    return engine.wait(refs, num_returns, _in_future(timeout))
+
+
+def _in_future(timeout: float | None) -> float | None:
+    return None if timeout is None else max(0.0, timeout)
+
+
+def _kind(ref: object) -> str:
+    return f"{type(ref).__module__.partition('.')[0]}.{type(ref).__qualname__}"
+
+
+def _checked(refs: Any, caller: str) -> tuple[list[Any], Refs | None]:
+    """The refs, and what knows of those that are not headgate's own if there are any."""
     found = list(refs) if isinstance(refs, Sequence) and not isinstance(refs, str | bytes) else [refs]
+    engine = None
     for ref in found:
         if not isinstance(ref, ObjectRef):
-            hint = "; await the handle's remote() first" if asyncio.iscoroutine(ref) else ""
-            raise ArgumentError(f"headgate.{caller} needs ObjectRefs, got {type(ref).__name__}{hint}")
-    return found
+            engine = refs_here()
+            if engine is None or not engine.is_ref(ref):
+                hint = "; await the handle's remote() first" if asyncio.iscoroutine(ref) else ""
+                raise ArgumentError(f"headgate.{caller} needs ObjectRefs, got {type(ref).__name__}{hint}")
+    return found, engine
 
 
 # --- waiting ---
@@ -238,56 +284,3 @@ def _wake_elsewhere(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None
         loop.call_soon_threadsafe(wake, future)
     except RuntimeError:  # closed: nobody waits there any more
         pass
-
-
-# --- refs as arguments ---
-
-
-def has_refs(data: object, kwargs: dict[str, Any]) -> bool:
-    """Whether an argument is a ref, so that the call has to wait for it."""
-    return isinstance(data, ObjectRef) or (
-        bool(kwargs) and any(isinstance(value, ObjectRef) for value in kwargs.values())
-    )
-
-
-def submit_with_refs(call: Call, data: Any, kwargs: dict[str, Any]) -> None:
-    """Submit `call` once every ref among its arguments has its value; returns at once.
-
-    If one ends with an error, so does the call.
-    """
-    call.assigned = True  # nobody waits for that
-    refs = [ref for ref in (data, *kwargs.values()) if isinstance(ref, ObjectRef)]
-    if all(ref._call.done for ref in refs):
-        _fill_and_submit(call, data, kwargs)
-        return
-    if call.expires is not None:
-        call.lane.run(call.lane.expire, call)
-    _when_done(refs, partial(in_background, partial(_fill_and_submit, call, data, kwargs)))
-
-
-def _when_done(refs: list[ObjectRef], then: Callable[[], object]) -> None:
-    while refs:
-        if not refs[-1]._call.done:
-            refs[-1]._call.on_done(partial(_when_done, refs, then))
-            return
-        refs.pop()
-    then()
-
-
-def _fill_and_submit(call: Call, data: Any, kwargs: dict[str, Any]) -> None:
-    try:
-        raw = data._call.raw if isinstance(data, ObjectRef) and not data._call.raised else None
-        if raw is not None and not kwargs:
-            call.fill_encoded(raw)  # passed on as it came, never rebuilt here
-        else:
-            call.fill(_value(data), {name: _value(value) for name, value in kwargs.items()})
-        call.lane.put(call)
-    except HeadgateError as error:
-        try:
-            call.lane.run(call.on_failure, error)
-        except InstanceError:  # that loop has ended, and nobody there to be told
-            call.on_failure(error)
-
-
-def _value(argument: Any) -> Any:
-    return argument._outcome() if isinstance(argument, ObjectRef) else argument

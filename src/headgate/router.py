@@ -2,8 +2,8 @@
 
 A Router lives on one event loop and follows one snapshot. It decides nothing itself: the
 backend is chosen by core/traffic.py, the replica and the order of those that wait by
-core/assignment.py; what stands here moves callers between the waiting line and the links
-(wire/replica_link.py), gives up on those whose deadline passed, and sheds what is too much.
+core/assignment.py. What stands here finds a request's backend, gives up on those whose deadline
+passed, and follows the snapshot; each backend's line and links are backend_route.py.
 
 There is no task, future or timer per request: whoever waits is a `Caller` whose methods are
 called. A request that had not started when its replica died is sent elsewhere, one that had
@@ -13,35 +13,23 @@ started never is (unless its backend is idempotent).
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Callable
 from typing import Any
 
+from headgate.backend_route import BackendRoute
 from headgate.core import framing, traffic
-from headgate.core.assignment import ReplicaSet, Waiting, assign
-from headgate.core.state import BackendView, Endpoint, ReplicaAddress, Snapshot
-from headgate.errors import (
-    BackendOverloaded,
-    EndpointNotFound,
-    HeadgateError,
-    ProtocolError,
-    ReplicaDied,
-    RequestTimeout,
-)
-from headgate.wire.replica_link import Caller, ReplicaLink, open_replica_link
+from headgate.core.state import Endpoint, Snapshot
+from headgate.errors import EndpointNotFound, RequestTimeout
+from headgate.wire.caller import NEVER as _NEVER
+from headgate.wire.caller import Caller
+from headgate.wire.home import LOCAL
 
 __all__ = ["Caller", "Router"]
-
-log = logging.getLogger("headgate.router")
 
 SWEEP_S = 0.05
 PING_S = 1.0
 SILENT_S = 3.0
-MAX_TRIES = 3
-_NEVER = float("inf")
-_REDIAL_S = 0.05
-_MEND_FULL = "raise num_replicas or max_concurrent_queries"
 
 
 class Router:
@@ -49,6 +37,7 @@ class Router:
 
     token         the instance's, for the handshake with replicas
     name          this process's id, under which a replica may fence it
+    node          where this process is: replicas of the same node come first, others are reached by TCP
     arena_fd      shared memory passed to replicas for large bodies
     queue_limit   how many requests may wait per backend where its config does not say
     """
@@ -58,6 +47,7 @@ class Router:
         token: bytes,
         name: str,
         *,
+        node: str = LOCAL,
         arena_fd: int | None = None,
         on_free: Callable[[int], None] = lambda offset: None,
         queue_limit: int | None = None,
@@ -66,6 +56,7 @@ class Router:
         self.snapshot = Snapshot()
         self.token = token
         self.name = name
+        self.node = node
         self.arena_fd = arena_fd
         self.on_free = on_free
         self.queue_limit = queue_limit
@@ -122,8 +113,9 @@ class Router:
             return
         for tag in traffic.shadows(endpoint.traffic, self.chance):
             backend = self.backends.get(tag)
-            if backend is not None:
-                copy = ShadowCaller(caller)
+            original = caller.original() if backend is not None else None
+            if backend is not None and original is not None:
+                copy = ShadowCaller(original)
                 copy.endpoint = endpoint
                 timeout_s = backend.view.settings.request_timeout_s
                 if timeout_s is not None:
@@ -223,216 +215,6 @@ def _late(caller: Caller) -> RequestTimeout:
     else:
         why = "while it waited for a replica; raise request_timeout_s or num_replicas"
     return RequestTimeout(f"the request to endpoint {name!r} passed its deadline {why}")
-
-
-class BackendRoute:
-    """One backend as one router sees it: its waiting line, its replicas' load, its links."""
-
-    def __init__(self, router: Router, view: BackendView) -> None:
-        self.router = router
-        self.view = view
-        self.waiting: Waiting[Caller] = Waiting()
-        self.replicas = ReplicaSet(router.chance)
-        self.links: dict[str, ReplicaLink] = {}
-        self.addresses: dict[str, ReplicaAddress] = {}
-        self._cold: set[str] = set()  # the first replicas, until each was dialled once
-        self._early: list[Caller] = []  # came before that: sent then, spread over all, shed if too many
-        self.completed = 0  # answers so far, for the drain rate
-        self._rate_since = router.loop.time()
-        self._rate_from = 0
-        self._arrivals = 0
-        self._ended = False
-        self._lined = False  # whether anybody waits; asked twice per request
-
-    # --- requests ---
-
-    def submit(self, caller: Caller) -> None:
-        """Send a request, or line it up, or shed it."""
-        caller.backend = self
-        if self._cold:
-            self._early.append(caller)
-            return
-        self._arrivals += 1
-        caller.order = self._arrivals
-        if not self._lined:
-            slot = self.replicas.reserve()
-            if slot is not None:
-                self.links[slot[0]].call(caller, slot[1])
-                return
-        limit = self._limit(caller)
-        if self.waiting.push(caller, limit):
-            self._lined = True
-        else:
-            self._shed(caller, limit)
-
-    def _limit(self, caller: Caller) -> int | None:
-        limit = self.view.settings.max_queued_requests
-        if limit is None:
-            limit = self.router.queue_limit if not caller.unlimited else None
-        return limit
-
-    def _shed(self, caller: Caller, limit: int | None) -> None:
-        self.router.timed.discard(caller)
-        caller.on_failure(self._overloaded(limit))
-
-    def refused(self, caller: Caller) -> None:
-        """A replica was full: the request waits, or the newest that waits makes room for it."""
-        self.again(caller)
-        self.dispatch()
-        limit = self._limit(caller)
-        if limit is not None and len(self.waiting) > limit:
-            self._shed(self.waiting.pop_newest(), limit)
-
-    def dispatch(self) -> None:
-        """Send what waits to replicas that have room."""
-        for caller, replica, want in assign(self.waiting, self.replicas):
-            self.links[replica].call(caller, want)
-        self._lined = bool(self.waiting)
-
-    def withdraw(self, caller: Caller) -> None:
-        """The request does not wait any more."""
-        if caller in self._early:
-            self._early.remove(caller)
-        else:
-            self.waiting.remove(caller)
-            self._lined = bool(self.waiting)
-
-    def again(self, caller: Caller) -> None:
-        """The request goes back to the head of the line; the caller of this dispatches."""
-        if self._ended:
-            self.router.route_again(caller)
-        else:
-            self.waiting.push_front(caller)
-            self._lined = True
-
-    def answered(self) -> None:
-        """A slot is free again."""
-        self.completed += 1
-        if self._lined:
-            self.dispatch()
-
-    @property
-    def trouble(self) -> str:
-        """Why there is no replica; "" if there is one, or one is on its way."""
-        return self.view.trouble
-
-    def _overloaded(self, limit: int | None) -> HeadgateError:
-        running = sum(self.replicas.in_flight(replica) for replica in self.links)
-        rate = self._drain_rate()
-        retry_s = max(1, min(60, round(((len(self.waiting) + running) / rate) if rate else 1)))
-        slots = self.view.settings.max_concurrent_queries * max(1, len(self.links))
-        error = BackendOverloaded(
-            f"backend {self.view.tag!r} is full: {running} requests in flight and {len(self.waiting)} "
-            f"waiting (limits {slots} and {limit}); "
-            + (f"it has no replica: {self.trouble}" if self.trouble else _MEND_FULL)
-            + f", or retry in {retry_s} s"
-        )
-        error.retry_after_s = retry_s
-        return error
-
-    def _drain_rate(self) -> float:
-        now = self.router.loop.time()
-        elapsed = now - self._rate_since
-        rate = (self.completed - self._rate_from) / elapsed if elapsed > 0 else 0.0
-        if elapsed > 5.0:
-            self._rate_since, self._rate_from = now, self.completed
-        return rate
-
-    # --- replicas ---
-
-    def follow(self, view: BackendView) -> None:
-        """Obey a newer description of this backend."""
-        self.view = view
-        was, self.addresses = self.addresses, {replica.id: replica for replica in view.replicas}
-        self._configure()
-        if not self.links:
-            self._cold |= self.addresses.keys() - was.keys()
-        for gone in self._cold - self.addresses.keys():
-            self._dialled(gone)
-        for replica in view.replicas:
-            if replica.id not in was:
-                self.router.start_task(self._dial(replica))
-        for link in list(self.links.values()):
-            if link.replica.id not in self.addresses:
-                link.retire()
-        self.dispatch()
-
-    async def _dial(self, replica: ReplicaAddress) -> None:
-        while not self._ended and self.addresses.get(replica.id) == replica:
-            try:
-                link = await open_replica_link(self.router, self, replica)
-            except (OSError, ProtocolError) as error:
-                log.debug("replica %s does not answer yet: %s", replica.id, error)
-                self._dialled(replica.id)
-                await asyncio.sleep(_REDIAL_S)
-                continue
-            self.links[replica.id] = link
-            self._configure()
-            self.replicas.resume(replica.id)
-            self._dialled(replica.id)
-            self.dispatch()
-            return
-
-    def _dialled(self, replica_id: str) -> None:
-        self._cold.discard(replica_id)
-        if not self._cold:
-            early, self._early = self._early, []
-            for caller in early:
-                self.submit(caller)
-
-    def _configure(self) -> None:
-        usable = [replica for replica in self.addresses if replica in self.links]
-        self.replicas.configure(usable, self.view.settings.max_concurrent_queries)
-
-    def lost(self, link: ReplicaLink) -> None:
-        """The link ended: its replica gets nothing more, unless it is still listed and answers again."""
-        if self.links.get(link.replica.id) is link:
-            del self.links[link.replica.id]
-            self.replicas.lost(link.replica.id)
-            self._configure()
-            if link.replica.id in self.addresses and not self.router.closed:
-                self.router.start_task(self._redial(link.replica))
-
-    async def _redial(self, replica: ReplicaAddress) -> None:
-        await asyncio.sleep(_REDIAL_S)
-        await self._dial(replica)
-
-    def recover(self, caller: Caller, started: bool) -> None:
-        """The replica that held this request is gone."""
-        idempotent = self.view.settings.idempotent and not caller.answering
-        if started and not (idempotent and not caller.ran_twice):
-            self._died(caller, "while it ran the request", started=True)
-            return
-        if started:
-            caller.ran_twice = True
-        caller.tries += 1
-        if caller.tries >= MAX_TRIES:
-            self._died(caller, f"{caller.tries} times before it started the request", started=False)
-        else:
-            self.again(caller)
-
-    def _died(self, caller: Caller, when: str, *, started: bool) -> None:
-        self.router.timed.discard(caller)
-        error = ReplicaDied(
-            f"a replica of backend {self.view.tag!r} died {when}; "
-            + ("it is not run again, unless the backend is idempotent=True" if started else "see its log")
-        )
-        error.started = started
-        caller.on_failure(error)
-
-    def end(self) -> None:
-        """The backend was deleted."""
-        self._ended = True
-        self.addresses = {}
-        self._configure()
-        self._cold.clear()
-        early, self._early = self._early, []
-        for caller in early:
-            self.router.route_again(caller)
-        while self.waiting:
-            self.router.route_again(self.waiting.pop())
-        for link in list(self.links.values()):
-            link.retire()
 
 
 class ShadowCaller(Caller):

@@ -6,6 +6,9 @@ everything here that is heavy, api.py first, is imported beside them.
 
 from __future__ import annotations
 
+import os
+import sys
+
 from headgate.engine.ignition import strike
 
 TYPE_CHECKING = False  # see __init__.py
@@ -30,14 +33,16 @@ def start(
     namespace: str = "default",
     insecure: bool = False,
 ) -> Client:
-    """Start an instance on this machine; returns when its proxy accepts requests.
+    """Start an instance; returns when its proxies accept requests.
 
     detached       False: the instance ends with the client or this process. True: it lives until
                    `client.shutdown()`; one per namespace, others reach it by `connect(namespace)`
     http_options   an HTTPOptions or a dict of its fields; http_host, http_port and
                    http_middlewares are the deprecated way to say the same
-    engine         "local" (the default): processes of this machine
-    insecure       for clusters; this engine has nothing to relax
+    engine         "local": processes of this machine. "ray": the cluster that this process takes part in, or
+                   that RAY_ADDRESS names, or a new one of this machine. None: as the environment variable
+                   HEADGATE_ENGINE says, else "ray" if ray.init() was called in this process, else "local"
+    insecure       True: also on a cluster that serves everybody who reaches it, without a token
 
     Raises ConfigError (an unknown or bad option, named) and InstanceError (the address cannot be
     bound, with its holder; a detached instance of that namespace runs already). After an error
@@ -45,10 +50,20 @@ def start(
     """
     given = {"host": http_host, "port": http_port, "middlewares": http_middlewares}
     old = {name: value for name, value in given.items() if value is not _UNSET}
-    spark = strike()
+    spark = strike() if _is_here(engine) else None
     try:
-        from headgate.api import begin
+        from headgate.engines import begin
 
-        return begin(spark, old, http_options, detached=detached, engine=engine, namespace=namespace)
+        return begin(spark, old, http_options, detached=detached, namespace=namespace, insecure=insecure)
     finally:
-        spark.quench()
+        if spark is not None:
+            spark.quench()
+
+
+def _is_here(engine: str | None) -> bool:
+    """Whether the engine is that of this machine."""
+    if engine == "local" or (engine is None and "ray" not in sys.modules and "HEADGATE_ENGINE" not in os.environ):
+        return True  # without importing a thing
+    from headgate.engines import LOCAL, choose
+
+    return choose(engine) == LOCAL

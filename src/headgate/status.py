@@ -28,7 +28,8 @@ class BackendStatus(Struct, frozen=True):
 class ReplicaStatus(Struct, frozen=True):
     """One replica. `restarts` counts failures of its backend's version so far.
 
-    `last_error` is the last line of the newest of them, or of a reconfigure that raised.
+    `last_error` is the last line of the newest of them, or of a reconfigure that raised. `waits_for`
+    says what keeps one that starts from having a process: resources that others have now.
     """
 
     id: str
@@ -39,15 +40,17 @@ class ReplicaStatus(Struct, frozen=True):
     node: str
     restarts: int = 0
     last_error: str = ""
+    waits_for: str = ""
 
 
 class ProxyStatus(Struct, frozen=True):
-    """One HTTP proxy."""
+    """One HTTP proxy; `address` is its node's."""
 
     id: str
     pid: int
     state: str
     address: str | None = None
+    node: str = "local"
 
 
 class Status(Struct, frozen=True):

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fake_peers import FakePeer
+from msgspec.structs import replace
 
 from headgate.controller.calls import Calls
 from headgate.controller.controller import Controller
 from headgate.controller.peers import Peers
+from headgate.controller.shelf import FileShelf
 from headgate.controller.store import Store
 from headgate.core.state import BackendView, Snapshot
 from headgate.engine.fake import FakeEngine, Habits
-from headgate.engine.interface import Event, Exited
+from headgate.engine.interface import Event, Exited, Process
 from headgate.wire import messages
 
 START_S = 0.1
@@ -29,7 +31,7 @@ class TextStore(Store):
     texts: dict[str, str]
 
     def __init__(self, directory: str) -> None:
-        super().__init__(directory)
+        super().__init__(FileShelf(directory))
         self.texts = {}
 
     def put(self, data: bytes) -> str:
@@ -43,15 +45,26 @@ class TextStore(Store):
 
 
 class FakeNode(FakeEngine):
-    """The fake engine, whose proxies also connect."""
+    """The fake engine, whose proxies also connect.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, habits: Habits = HABITS) -> None:
-        super().__init__(1, loop, habits)
+    opens_s    how long `open` takes
+    proxies_s  how long `start_proxy` does; the proxy has connected by then
+    waits_for  what replicas wait for, by id
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, habits: Habits = HABITS, nodes: tuple[str, ...] = ("local",)
+    ) -> None:
+        super().__init__(1, loop, habits, nodes)
+        self.opens_s = 0.0
+        self.proxies_s = 0.0
+        self.waits_for: dict[str, str] = {}
         self.peers: dict[str, FakePeer] = {}
         self.started: list[messages.ReplicaSpec] = []
         self.hears: Any = None
         self.gone: Any = None
         self.broken_proxy = ""
+        self.broken_node = ""  # the one where no proxy runs; "": all
 
     async def open(self, on_event: Any) -> None:
         def event(event: Event) -> None:
@@ -60,18 +73,30 @@ class FakeNode(FakeEngine):
             on_event(event)
 
         await super().open(event)
+        if self.opens_s:
+            await asyncio.sleep(self.opens_s)
+
+    def observe(self) -> tuple[Process, ...]:
+        return tuple(
+            replace(one, waits_for=self.waits_for.get(one.id, "")) if one.id in self.waits_for else one
+            for one in super().observe()
+        )
 
     async def start_replica(self, spec: messages.ReplicaSpec) -> str:
         self.started.append(spec)
         return await super().start_replica(spec)
 
-    async def start_proxy(self) -> str:
-        id = await super().start_proxy()
-        if self.broken_proxy:
+    async def start_proxy(self, node: str) -> str:
+        id = await super().start_proxy(node)
+        if self.broken_proxy and self.broken_node in ("", node):
             self.crash(id, self.broken_proxy)
         else:
-            peer = self.peers[id] = FakePeer("proxy", id, lambda peer, message: self.hears(peer, message))
+            peer = self.peers[id] = FakePeer(
+                "proxy", id, lambda peer, message: self.hears(peer, message), node=node
+            )
             peer.hello()
+        if self.proxies_s:
+            await asyncio.sleep(self.proxies_s)
         return id
 
     def stop_accepting(self) -> None:
@@ -84,11 +109,18 @@ class FakeNode(FakeEngine):
 class World:
     """One instance. `client` is the process that calls."""
 
-    def __init__(self, directory: Path, *, proxies: int = 0, habits: Habits = HABITS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        location: str | None = None,
+        nodes: tuple[str, ...] = ("local",),
+        habits: Habits = HABITS,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.directory = str(directory)
-        self.engine = FakeNode(self.loop, habits)
-        self.wanted = proxies
+        self.engine = FakeNode(self.loop, habits, nodes)
+        self.location = location
         self.incarnation = 0
         self.peers: Peers
         self.client = FakePeer("client", "driver", self.hears)
@@ -98,9 +130,9 @@ class World:
         """Start a controller: the first, or the next one after `crash`."""
         self.incarnation += 1
         self.controller = Controller(
-            self.engine, self.store, incarnation=self.incarnation, proxies=self.wanted
+            self.engine, self.store, incarnation=self.incarnation, location=self.location
         )
-        self.calls = Calls(self.controller, "http://127.0.0.1:8000")
+        self.calls = Calls(self.controller)
         self.peers = Peers(self.controller, self.calls)
         self.engine.hears = self.hears
         self.engine.gone = self.peers.on_gone

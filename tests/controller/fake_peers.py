@@ -22,10 +22,14 @@ class FakePeer:
     hears   called with each message of it; a Peers' on_message
     """
 
-    def __init__(self, role: str, id: str, hears: Callable[[Any, Any], None] | None = None) -> None:
+    def __init__(
+        self, role: str, id: str, hears: Callable[[Any, Any], None] | None = None, *, node: str = "local"
+    ) -> None:
         self.role = role
         self.id = id
         self.pid = 0
+        self.node = node  # it says so in its Hello
+        self.is_local = True
         self.silent = False  # takes nothing, says nothing
         self.told: list[Any] = []
         self.snapshots: list[Snapshot] = []
@@ -49,7 +53,7 @@ class FakePeer:
             asyncio.get_running_loop().call_soon(self._hears, self, message)
 
     def hello(self, *, follows: bool = True, has: int = 0, report: messages.Report | None = None) -> None:
-        self.say(messages.Hello(self.role, self.id, self.pid, follows, has, report))
+        self.say(messages.Hello(self.role, self.id, self.pid, follows, has, report, self.node))
 
     async def call(self, method: str, *, call: str = "", **params: Any) -> Any:
         """The controller's answer to a call."""

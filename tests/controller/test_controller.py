@@ -28,12 +28,12 @@ from headgate.wire import messages
 Test = Callable[[World], Coroutine[Any, Any, None]]
 
 
-def instance(*, proxies: int = 0, **habits: Any) -> Callable[[Test], Callable[[Path], None]]:
+def instance(*, location: str | None = None, **habits: Any) -> Callable[[Test], Callable[[Path], None]]:
     """Run a test with a started instance, on virtual time."""
 
     def decorate(test: Test) -> Callable[[Path], None]:
         async def main(directory: Path) -> None:
-            world = World(directory, proxies=proxies, habits=replace(HABITS, **habits))
+            world = World(directory, location=location, habits=replace(HABITS, **habits))
             await world.start()
             await test(world)
 
@@ -74,7 +74,7 @@ async def test_a_replica_is_told_what_to_run(world: World) -> None:
         given={"batch_wait_timeout": 0.5},
         user_config=b"config",
         env={"B": "2", "A": "1"},
-        num_gpus=0.5,
+        resources={"num_gpus": 0.5, "runtime_env": {"pip": ["x"]}},
     )
     (spec,) = world.engine.started
 
@@ -82,7 +82,7 @@ async def test_a_replica_is_told_what_to_run(world: World) -> None:
     assert spec.user_config_path is not None
     assert Path(spec.user_config_path).read_bytes() == b"config"
     assert spec.env == (("A", "1"), ("B", "2"))
-    assert spec.num_gpus == 0.5
+    assert spec.resources == {"num_gpus": 0.5, "runtime_env": {"pip": ["x"]}}
     assert spec.settings.batch_wait_timeout_s == 0.5
     described = (await world.call("list_backends"))["b"]
     assert described["given"] == {"batch_wait_timeout": 0.5}
@@ -369,7 +369,7 @@ async def test_deleting_what_is_being_started_ends_that(world: World) -> None:
 # --- endpoints ---
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_an_endpoint_is_in_force_everywhere_when_the_call_returns(world: World) -> None:
     await world.create()
     await world.call("create_endpoint", name="e", backend="b", route="/e", methods=["get"])
@@ -449,7 +449,7 @@ async def test_the_reason_is_one_short_line_and_gone_when_one_is_ready(world: Wo
     assert world.view().trouble == ""
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_a_proxy_that_is_not_up_is_waited_for(world: World) -> None:
     await world.call("wait_ready")
     assert (await world.status())["waiting"] == []
@@ -512,7 +512,7 @@ def _health(id: str, error: str, *, hangs: bool = False) -> Any:
     return Reported(id, messages.Health(error, hangs))
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_a_proxy_that_dies_is_replaced_at_once(world: World) -> None:
     await world.call("wait_ready")
     (proxy,) = world.living("proxy")
@@ -524,7 +524,7 @@ async def test_a_proxy_that_dies_is_replaced_at_once(world: World) -> None:
     assert world.engine.peers[other].snapshots
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_a_proxy_that_does_not_follow_is_replaced_and_the_call_returns(world: World) -> None:
     await world.call("wait_ready")
     (old,) = world.engine.peers.values()
@@ -538,7 +538,7 @@ async def test_a_proxy_that_does_not_follow_is_replaced_and_the_call_returns(wor
     assert [one.id for view in new.snapshots[-1].backends for one in view.replicas] == ["b#0002"]
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_a_proxy_that_is_frozen_is_replaced(world: World) -> None:
     world.peers.beat()
     await world.call("wait_ready")
@@ -565,7 +565,7 @@ async def test_a_replica_whose_thread_is_silent_is_killed_at_its_time(world: Wor
     assert world.living() == ["b#0002"]
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_a_start_without_a_proxy_is_an_error_that_says_why(world: World) -> None:
     for proxy in world.living("proxy"):
         world.engine.crash(proxy)
@@ -578,7 +578,7 @@ async def test_a_start_without_a_proxy_is_an_error_that_says_why(world: World) -
 @instance()
 async def test_a_full_disk_is_a_typed_error_and_everything_serves_on(world: World) -> None:
     await world.create()
-    world.store._write = _full
+    world.store.shelf._write = _full  # type: ignore[attr-defined]
     with pytest.raises(InstanceError, match="No space left on device"):
         await world.call("create_endpoint", name="e", backend="b", route=None, methods=["GET"])
     with pytest.raises(InstanceError, match="No space left on device"):
@@ -610,7 +610,7 @@ async def test_a_bug_is_logged_and_answered_as_an_error(
 # --- the controller's end ---
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_a_restarted_controller_adopts_what_runs(world: World) -> None:
     await world.create(num_replicas=2)
     await world.call("create_endpoint", name="e", backend="b", route="/e", methods=["GET"])
@@ -715,7 +715,7 @@ async def test_a_controller_that_ended_before_it_stored_anything_lost_nothing(wo
 # --- shutdown ---
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_shutdown_lets_proxies_finish_then_replicas_and_then_ends(world: World) -> None:
     await world.create(num_replicas=2)
     assert world.snapshot.ready
@@ -734,7 +734,7 @@ async def test_shutdown_lets_proxies_finish_then_replicas_and_then_ends(world: W
     await asyncio.wait_for(world.calls.over, 1.0)
 
 
-@instance(proxies=1)
+@instance(location="HeadOnly")
 async def test_shutdown_does_not_wait_for_ever(world: World) -> None:
     await world.create()
     (proxy,) = world.engine.peers.values()

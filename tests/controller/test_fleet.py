@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headgate.controller.fleet import LINE_CHARS, UNHEALTHY, UNWANTED, Fleet, Setback
+from headgate.controller.fleet import EARLY, LINE_CHARS, UNHEALTHY, UNWANTED, Fleet, Setback
 from headgate.core.reconcile import UNKNOWN_CONFIG
 from headgate.core.state import BackendGoal, Facts, Settings
 from headgate.errors import ArgumentError, BackendStartError, ConfigError, ProtocolError
@@ -62,6 +62,41 @@ def test_an_adopted_replica_is_as_it_says() -> None:
     fleet.reported(ID, report("draining", config_version=2), 1.0)
     assert [(one.version, one.phase, one.pid) for one in fleet.living()] == [(3, "draining", 7)]
     assert fleet.versions("iris") == [3]
+
+
+def test_a_replica_knows_itself_where_it_is() -> None:
+    fleet = Fleet()
+    fleet.adopt(ID, "iris", 1, 0, "", 0.0)
+    fleet.met(ID, 7, "n1")
+    assert [(one.pid, one.node) for one in fleet.living()] == [(7, "n1")]
+    fleet.reported(ID, report("ready", address="@a", remote="tcp://n2:1", node="n2"), 1.0)
+    fleet.reported(ID, report("ready"), 2.0)
+    (one,) = fleet.living()
+    assert (one.address, one.remote, one.node) == ("@a", "tcp://n2:1", "n2")
+
+
+@pytest.mark.parametrize("is_adopted", [True, False])
+def test_what_connects_before_it_is_known_is_remembered(is_adopted: bool) -> None:
+    fleet = Fleet()
+    name = fleet.ask(GOAL, 0.0)
+    fleet.met(ID, 7, "n1")
+    if is_adopted:
+        fleet.adopt(ID, "iris", 1, 0, "", 0.0)
+    else:
+        fleet.born(name, ID, 0, "")
+    assert [(one.pid, one.node) for one in fleet.living()] == [(7, "n1")]
+
+
+def test_what_ends_before_it_is_known_is_forgotten_and_so_are_too_many() -> None:
+    fleet = Fleet()
+    fleet.met(ID, 7, "n1")
+    fleet.ended(ID, "killed", 1.0)
+    fleet.adopt(ID, "iris", 1, 0, "", 0.0)
+    for number in range(EARLY + 1):
+        fleet.met(f"rose#{number}", number + 1, "n1")
+    fleet.adopt("rose#0", "rose", 1, 0, "", 0.0)
+    fleet.adopt("rose#1", "rose", 1, 0, "", 0.0)
+    assert [one.pid for one in fleet.living()] == [0, 0, 2]
 
 
 # --- failures ---

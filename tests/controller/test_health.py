@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from fake_peers import FakePeer
 
 from headgate.controller.health import Heartbeats, is_stopped_in_proc
@@ -43,6 +44,17 @@ def test_a_replica_may_be_silent_for_its_time() -> None:
 def test_a_replica_that_is_stopped_has_three_seconds() -> None:
     second, reason = rounds_until_dead(beats(stopped=True), Quiet("replica", "r"))
     assert (second, reason) == (3, "its process was stopped for 3 s")
+
+
+def test_the_pid_of_a_replica_of_another_node_means_nothing_here() -> None:
+    peer = Quiet("replica", "r", node="far")
+    peer.is_local = False
+    assert rounds_until_dead(beats(timeout_s=7.0, stopped=True), peer) == (7, "did not answer for 7 s")
+
+
+def test_an_agent_that_is_silent_is_logged_once_and_lives(caplog: pytest.LogCaptureFixture) -> None:
+    assert rounds_until_dead(beats(stopped=True), Quiet("agent", "agent@far")) == (100, "")
+    assert [record.getMessage() for record in caplog.records] == ["agent@far has not answered for 10 s"]
 
 
 def test_a_client_may_be_silent_for_ever() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from headgate.controller.shelf import FileShelf, Shelf
 from headgate.controller.store import BEFORE, BLOBS, NEWEST, Store, StoreError, pack, unpack
 from headgate.core.state import BackendGoal, Endpoint, EndpointGoal, Facts, Goals, Settings, Traffic
 
@@ -19,9 +21,7 @@ from headgate.core.state import BackendGoal, Endpoint, EndpointGoal, Facts, Goal
 def goals(backends: int = 1, text: str = "iris") -> Goals:
     """Goals with every kind of value in them."""
     return Goals(
-        endpoints=(
-            EndpointGoal(Endpoint("e", "/é/{x:int}", ("GET",), Traffic((("iris0", 0.5), ("b", 0.5)))), "c-1"),
-        ),
+        endpoints=(EndpointGoal(Endpoint("e", "/é/{x:int}", ("GET",), Traffic((("iris0", 0.5), ("b", 0.5)))), "c-1"),),
         backends=tuple(
             BackendGoal(
                 f"{text}{number}",
@@ -33,7 +33,7 @@ def goals(backends: int = 1, text: str = "iris") -> Goals:
                 user_config="cd" * 32,
                 config_version=3,
                 env=(("NAME", 'va"lue'),),
-                num_gpus=0.5,
+                resources={"num_gpus": 0.5, "resources": {"tpu": 1}},
                 call="call-7",
             )
             for number in range(backends)
@@ -44,7 +44,7 @@ def goals(backends: int = 1, text: str = "iris") -> Goals:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """A store with two generations: first(), then second()."""
-    store = Store(str(tmp_path))
+    store = Store(FileShelf(str(tmp_path)))
     store.save(first())
     store.save(second())
     return store
@@ -62,15 +62,15 @@ def second() -> Goals:
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    Store(str(tmp_path)).save(goals(3))
+    Store(FileShelf(str(tmp_path))).save(goals(3))
 
-    assert Store(str(tmp_path)).load() == goals(3)
+    assert Store(FileShelf(str(tmp_path))).load() == goals(3)
 
 
 def test_a_new_instance_begins_with_empty_goals(tmp_path: Path) -> None:
-    Store(str(tmp_path)).begin()
+    Store(FileShelf(str(tmp_path))).begin()
 
-    assert Store(str(tmp_path)).load() == Goals()
+    assert Store(FileShelf(str(tmp_path))).load() == Goals()
 
 
 def test_numbers_keep_their_types() -> None:
@@ -132,7 +132,7 @@ def _fall_back(directory: Path, damaged: bytes) -> None:
     (directory / NEWEST).write_bytes(damaged)
     (directory / BEFORE).write_bytes(pack(first()))
 
-    assert Store(str(directory)).load() == first()
+    assert Store(FileShelf(str(directory))).load() == first()
     (aside,) = directory.glob("goals.json.corrupt-*")
     assert aside.read_bytes() == damaged
 
@@ -149,7 +149,7 @@ def test_saving_goes_on_after_a_fall_back(store: Store, tmp_path: Path) -> None:
     store.load()
     store.save(goals(3))
 
-    assert Store(str(tmp_path)).load() == goals(3)
+    assert Store(FileShelf(str(tmp_path))).load() == goals(3)
     assert unpack((tmp_path / BEFORE).read_bytes()) == first()
 
 
@@ -174,7 +174,7 @@ def test_a_process_that_ends_between_any_two_steps_of_a_save_loses_nothing(
     for step in range(10):
         directory = tmp_path / str(step)
         directory.mkdir()
-        store = Store(str(directory))
+        store = Store(FileShelf(str(directory)))
         store.save(first())
         store.save(second())
         with monkeypatch.context() as patch:
@@ -182,9 +182,9 @@ def test_a_process_that_ends_between_any_two_steps_of_a_save_loses_nothing(
             try:
                 store.save(goals(3))
             except KeyboardInterrupt:
-                assert Store(str(directory)).load() in (second(), goals(3))
+                assert Store(FileShelf(str(directory))).load() in (second(), goals(3))
             else:
-                assert Store(str(directory)).load() == goals(3)
+                assert Store(FileShelf(str(directory))).load() == goals(3)
 
 
 def _end_after(steps: int, patch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def full_after(size: int):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("size", [0, 1, 100, 1000])
 def test_a_full_disk_is_a_typed_error_and_changes_nothing(store: Store, tmp_path: Path, size: int) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    full = Store(str(tmp_path), write=full_after(size))
+    full = Store(FileShelf(str(tmp_path), write=full_after(size)))
 
     with pytest.raises(StoreError, match="No space left on device; nothing was changed"):
         full.save(goals(100))
@@ -239,14 +239,14 @@ def test_a_full_disk_is_a_typed_error_and_changes_nothing(store: Store, tmp_path
 
 def test_it_recovers_by_itself(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError):
-        Store(str(tmp_path), write=full_after(10)).save(goals(3))
+        Store(FileShelf(str(tmp_path), write=full_after(10))).save(goals(3))
     store.save(goals(3))
 
     assert store.load() == goals(3)
 
 
 def test_short_writes_are_completed(tmp_path: Path) -> None:
-    store = Store(str(tmp_path), write=lambda fd, data: os.write(fd, data[:7]))
+    store = Store(FileShelf(str(tmp_path), write=lambda fd, data: os.write(fd, data[:7])))
     store.save(goals(2))
 
     assert store.load() == goals(2)
@@ -265,7 +265,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_full_changes_nothing_and_recovers(small_disk: Path) -> None:
-    store = Store(str(small_disk))
+    store = Store(FileShelf(str(small_disk)))
     store.save(first())
     filler = _fill(small_disk)
 
@@ -294,7 +294,7 @@ def _fill(disk: Path) -> Path:
 def test_a_blob_is_found_by_its_name(store: Store) -> None:
     name = store.put(b"code")
 
-    assert Path(store.path(name)).read_bytes() == b"code"
+    assert Path(store.path(name)).read_bytes() == store.get(name) == b"code"
     assert store.put(b"code") == name
 
 
@@ -308,4 +308,157 @@ def test_blobs_that_nobody_uses_are_removed(store: Store, tmp_path: Path) -> Non
 
 
 def test_collecting_without_any_blob_is_fine(tmp_path: Path) -> None:
-    Store(str(tmp_path)).collect([])
+    Store(FileShelf(str(tmp_path))).collect([])
+
+
+def test_a_blob_that_is_not_there_or_cannot_be_read_is_an_error(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=f"is lost: there is no blobs/abc in {tmp_path}"):
+        store.get("abc")
+    (tmp_path / BLOBS / "abc").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"cannot read code or user_config .*: .*Is a directory"):
+        store.get("abc")
+
+
+# --- other shelves ---
+
+
+class MemoryShelf(Shelf):
+    """A shelf without files, that may be out of reach after so many calls."""
+
+    where, scheme = "memory", "mem"
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.calls_left = -1
+
+    def names(self) -> list[str]:
+        self._call()
+        return list(self.kept)
+
+    def read(self, name: str) -> bytes | None:
+        self._call()
+        return self.kept.get(name)
+
+    def write(self, name: str, data: bytes, sync: bool = True) -> None:
+        self._call()
+        self.kept[name] = data
+
+    def remove(self, name: str) -> None:
+        self._call()
+        self.kept.pop(name, None)
+
+    def _call(self) -> None:
+        if self.calls_left == 0:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        self.calls_left -= 1
+
+
+@pytest.fixture
+def shelf() -> MemoryShelf:
+    """A shelf with two generations: first(), then second()."""
+    shelf = MemoryShelf()
+    Store(shelf).save(first())
+    Store(shelf).save(second())
+    return shelf
+
+
+def test_any_shelf_keeps_two_generations(shelf: MemoryShelf) -> None:
+    assert Store(shelf).load() == second()
+    assert {name: unpack(data) for name, data in shelf.kept.items()} == {NEWEST: second(), BEFORE: first()}
+
+
+def test_any_shelf_is_new_until_something_was_stored(shelf: MemoryShelf) -> None:
+    new = Store(MemoryShelf())
+    assert new.is_new()
+    assert not Store(shelf).is_new()
+    new.begin()
+
+    assert not new.is_new()
+    assert new.load() == Goals()
+
+
+def test_on_any_shelf_a_damaged_record_is_set_aside(shelf: MemoryShelf) -> None:
+    damaged = shelf.kept[NEWEST] = pack(second())[:-1]
+
+    assert Store(shelf).load() == first()
+    [aside] = set(shelf.kept) - {BEFORE}
+    assert re.fullmatch(r"goals\.json\.corrupt-\d+", aside)
+    assert shelf.kept[aside] == damaged
+
+
+def test_on_any_shelf_two_damaged_records_are_an_error_and_it_is_not_new(shelf: MemoryShelf) -> None:
+    shelf.kept[NEWEST] = shelf.kept[BEFORE] = b"{}"
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"in memory is lost \(damaged: goals.json.1.corrupt-\d+, "):
+            Store(shelf).load()
+
+    assert not Store(shelf).is_new()
+
+
+def test_any_shelf_keeps_blobs(shelf: MemoryShelf) -> None:
+    store = Store(shelf)
+    used, unused = store.put(b"used"), store.put(b"unused")
+    assert store.put(b"used") == used
+    store.collect([used])
+
+    assert store.get(used) == b"used"
+    assert store.path(used) == f"mem:{BLOBS}/{used}"
+    assert sorted(shelf.kept) == [f"{BLOBS}/{used}", NEWEST, BEFORE]
+    with pytest.raises(StoreError, match=f"is lost: there is no {BLOBS}/{unused} in memory"):
+        store.get(unused)
+
+
+def test_a_shelf_out_of_reach_is_a_typed_error(shelf: MemoryShelf) -> None:
+    store = Store(shelf)
+    name = store.put(b"code")
+    shelf.calls_left = 0
+    why = "in memory: Connection timed out; nothing was changed"
+
+    for call in (lambda: store.save(goals(3)), lambda: store.put(b"new")):
+        with pytest.raises(StoreError, match=f"cannot store .* {why} and everything serves on; mend that, then repeat"):
+            call()
+    for call in (store.load, store.is_new, lambda: store.get(name)):
+        with pytest.raises(StoreError, match=f"cannot read .* {why}"):
+            call()
+    store.collect([])
+    shelf.calls_left = -1
+    assert store.load() == second()
+    assert store.get(name) == b"code"
+
+
+def test_whenever_a_shelf_gets_out_of_reach_the_goals_are_the_old_or_the_new_ones(shelf: MemoryShelf) -> None:
+    for calls in range(10):
+        shelf.calls_left = calls
+        try:
+            Store(shelf).save(goals(3 + calls))
+        except StoreError:
+            shelf.calls_left = -1
+            assert Store(shelf).load() == second()
+        else:
+            break
+
+    shelf.calls_left = -1
+    assert Store(shelf).load() == goals(3 + calls)
+    assert calls > 1
+
+
+def test_nothing_is_set_aside_while_a_shelf_is_out_of_reach(shelf: MemoryShelf) -> None:
+    shelf.kept[NEWEST] = b"{}"
+    before = dict(shelf.kept)
+    shelf.calls_left = 0
+    with pytest.raises(StoreError, match="cannot read the goals in memory"):
+        Store(shelf).load()
+    assert shelf.kept == before
+
+    shelf.calls_left = 1  # it reads the damaged record, and no more
+    with pytest.raises(StoreError, match="cannot read the goals in memory"):
+        Store(shelf).load()
+    assert shelf.kept == before
+
+
+def test_a_shelf_that_cannot_list_what_was_damaged_still_says_that_all_is_lost(shelf: MemoryShelf) -> None:
+    shelf.kept.clear()
+    shelf.calls_left = 2
+
+    with pytest.raises(StoreError, match="the goals record in memory is lost; "):
+        Store(shelf).load()

@@ -1,5 +1,6 @@
 from collections import deque
 from math import inf
+from random import Random
 from typing import NamedTuple
 
 import pytest
@@ -20,9 +21,9 @@ def never():
     raise AssertionError("no chance is needed for four replicas or fewer")
 
 
-def following(*names, limit=2, chance=never):
+def following(*names, limit=2, chance=never, near=()):
     replicas = ReplicaSet(chance)
-    replicas.configure(names, limit)
+    replicas.configure(names, limit, near)
     return replicas
 
 
@@ -108,6 +109,135 @@ def test_every_slot_is_used_and_none_twice(chances, size):
     chosen = reserved(replicas, size * 3)
     assert sorted(chosen) == sorted(list(map(str, range(size))) * 3)
     assert replicas.reserve() is None
+
+
+# --- near ones ----------------------------------------------------------------------------------
+
+
+def test_of_equally_busy_replicas_a_near_one_is_chosen():
+    replicas = following("a", "b", "c", "d", limit=9, near=["c", "d"])
+
+    assert reserved(replicas, 6) == ["c", "d", "a", "b", "c", "d"]
+    replicas.release("b")
+    assert reserved(replicas, 3) == ["b", "a", "b"]
+
+
+def test_near_replicas_take_turns():
+    replicas = following("a", "b", "c", near={"b", "c"})
+    chosen = []
+    for _ in range(4):
+        chosen += reserved(replicas, 1)
+        replicas.release(chosen[-1])
+
+    assert chosen == ["b", "c", "b", "c"]
+
+
+def test_a_busier_near_replica_does_not_win():
+    replicas = following("a", "b", limit=9, near=["b"])
+    assert reserved(replicas, 2) == ["b", "a"]
+    replicas.release("a")
+
+    assert reserved(replicas, 2) == ["a", "b"]
+
+
+def test_a_full_or_silent_near_replica_is_skipped():
+    replicas = following("a", "b", limit=2, near=["b"])
+    replicas.suspend("b")
+    assert reserved(replicas, 3) == ["a", "a", None]
+    replicas.resume("b")
+
+    assert reserved(replicas, 3) == ["b", "b", None]
+
+
+def test_what_is_near_may_change():
+    replicas = following("a", "b", "c", limit=9, near=["c"])
+    assert reserved(replicas, 3) == ["c", "a", "b"]
+    replicas.configure("abc", 9, ["b"])
+    assert reserved(replicas, 3) == ["b", "c", "a"]
+    replicas.configure("abc", 9)
+
+    assert reserved(replicas, 3) == ["b", "c", "a"]  # by turn again
+
+
+def test_beyond_four_replicas_two_near_ones_are_looked_at_as_well():
+    replicas = following(*"abcdef", limit=9, chance=lambda: 0.0, near="cef")
+
+    # 0.0 looks at a and b of all, and at f and c of the near ones
+    assert reserved(replicas, 7) == ["f", "c", "a", "b", "f", "c", "a"]
+
+
+def test_beyond_four_replicas_one_near_one_is_looked_at():
+    replicas = following(*"abcdef", limit=9, chance=lambda: 0.99, near="b")
+
+    # 0.99 looks at e and f of all
+    assert reserved(replicas, 5) == ["b", "f", "e", "b", "f"]
+
+
+def test_beyond_four_replicas_a_free_one_is_found_near_or_not():
+    replicas = following(*"abcdef", limit=1, chance=lambda: 0.0, near="ab")
+
+    assert reserved(replicas, 7) == [*"abcdef", None]
+
+
+def steps(size):
+    """Which of `size` replicas are near, and what happens: None takes a slot, a number ends a request there."""
+    return st.tuples(
+        st.sets(st.integers(0, size - 1)).map(lambda near: {str(number) for number in near}),
+        st.lists(st.none() | st.integers(0, size - 1).map(str), max_size=60),
+    )
+
+
+def follow_steps(replicas, names, happenings):
+    """The choices, each with the loads before it."""
+    for name in happenings:
+        if name is None:
+            loads = {each: replicas.in_flight(each) for each in names}
+            yield loads, (replicas.reserve() or [None])[0]
+        elif not replicas.idle(name):
+            replicas.release(name)
+
+
+@given(st.integers(1, 4).flatmap(steps))
+def test_of_a_few_the_least_busy_is_chosen_and_a_near_one_if_there_is_one(case):
+    near, happenings = case
+    names = list("0123")
+    replicas = following(*names, limit=3, near=near)
+
+    for loads, chosen in follow_steps(replicas, names, happenings):
+        least = min(loads.values())
+        if chosen is None:
+            assert least == 3
+        else:
+            assert loads[chosen] == least
+            assert chosen in near or least not in [loads[each] for each in near]
+
+
+@given(case=st.integers(5, 9).flatmap(steps), chance=st.randoms(use_true_random=False))
+def test_of_many_one_with_room_is_chosen_and_a_far_one_only_if_some_near_one_is_busier(case, chance):
+    near, happenings = case
+    names = list("012345678")
+    replicas = following(*names, limit=2, chance=chance.random, near=near)
+
+    for loads, chosen in follow_steps(replicas, names, happenings):
+        if chosen is None:
+            assert set(loads.values()) == {2}
+        else:
+            assert loads[chosen] < 2
+            assert chosen in near or not near or loads[chosen] < max(loads[each] for each in near)
+
+
+@given(
+    case=st.integers(1, 9).flatmap(lambda size: st.tuples(st.just(size), steps(size))),
+    seed=st.integers(0, 99),
+    all_near=st.booleans(),
+)
+def test_when_all_or_none_are_near_it_is_as_if_it_were_not_known(case, seed, all_near):
+    size, (_, happenings) = case
+    names = [str(number) for number in range(size)]
+    one = following(*names, chance=Random(seed).random)
+    other = following(*names, chance=Random(seed).random, near=names if all_near else ["z"])
+
+    assert [*follow_steps(one, names, happenings)] == [*follow_steps(other, names, happenings)]
 
 
 # --- following the snapshot ---------------------------------------------------------------------

@@ -239,6 +239,22 @@ def test_the_status_says_what_is_waited_for_and_why():
     assert unmet(goals, enough, failures, 10.1) == (f"{text}, 2 starting; {trouble}",)
 
 
+def test_the_status_says_what_a_replica_without_a_process_waits_for():
+    goals = Goals(backends=(goal(4),))
+    lacks = {f"iris#{number}": "for 2 CPUs: the freest node has 1 free" for number in (1, 2, 3)}
+    text = "backend 'iris' version 1: 1 of 4 replicas are ready, 3 starting"
+    replicas = [seen(1), *(seen(number, "starting") for number in (2, 3, 4))]
+
+    assert unmet(goals, replicas, {}, 0.0, waits_for={"iris#2": lacks["iris#2"]}) == (
+        f"{text} (replica iris#2 waits for 2 CPUs: the freest node has 1 free)",
+    )
+    lacks["iris#4"] = "no node has a GPU"
+    assert unmet(goals, replicas, {}, 0.0, waits_for=lacks) == (
+        f"{text} (replica iris#2 and 1 more wait for 2 CPUs: the freest node has 1 free; "
+        "replica iris#4 waits: no node has a GPU)",
+    )
+
+
 def test_the_status_names_each_replica_that_leaves():
     replicas = [seen(1, routed=True), seen(2, "draining", since=5.0), seen(3, "stopping")]
 

@@ -6,9 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running import Script, one_instance
+from running import Script, on_ray, one_instance
 
 import headgate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine(request: pytest.FixtureRequest) -> None:
+    """With --engine ray: a cluster, to which this process is connected, so that `start` picks it."""
+    if on_ray():
+        request.getfixturevalue("clusters").one_node()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import eventually, is_alive
+from running import died, eventually, is_alive, slack
 
 import headgate
 from headgate import (
@@ -206,6 +206,7 @@ def test_replicas_have_the_working_directory_and_the_environment(
     assert ask(client, "it")[1] is None
 
 
+@pytest.mark.local("on Ray its log monitor carries what workers print")
 def test_printing_goes_to_the_drivers_streams(client: headgate.Client, capfd: Any) -> None:
     with headgate.start(http_options={"location": None}) as own:
         own.create_backend("it", lambda: print("printed by a replica"))
@@ -310,6 +311,7 @@ def test_code_that_does_not_pickle_is_named(client: headgate.Client) -> None:
         client.create_backend("it", captures)
 
 
+@pytest.mark.local("on Ray it is the cluster that has GPUs or not; tests/ray has the test")
 def test_gpus_that_are_not_there_are_named(client: headgate.Client) -> None:
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has GPUs")
@@ -379,7 +381,7 @@ def test_a_backend_that_does_not_start_says_why_and_leaves_nothing(
     begun = time.monotonic()
     with pytest.raises(headgate.HeadgateError) as error:
         client.create_backend("it", code, config=config)
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 5.0 * slack()
     assert isinstance(error.value, BackendStartError)
     for text in texts:
         assert text in str(error.value)
@@ -738,7 +740,7 @@ def test_a_deleted_backend_is_gone_and_its_tag_free(client: headgate.Client) -> 
     assert client.delete_backend("it") is None
     assert client.list_backends() == {}
     assert client.status().replicas == ()
-    eventually(lambda: not any(map(is_alive, running)), 1.0)
+    eventually(lambda: not any(map(is_alive, running)), 1.0 * slack())
     client.create_backend("it", pid)
 
 
@@ -756,7 +758,7 @@ def test_deleting_waits_for_running_requests(client: headgate.Client) -> None:
     ref = handle_of(client, "it").remote(0.3)
     client.delete_endpoint("to it")
     client.delete_backend("it")
-    assert ref.result() == "slept"
+    assert headgate.get(ref) == "slept"
 
 
 def test_deleting_by_force_does_not(client: headgate.Client) -> None:
@@ -766,9 +768,9 @@ def test_deleting_by_force_does_not(client: headgate.Client) -> None:
     time.sleep(0.1)  # it has started
     begun = time.monotonic()
     client.delete_backend("it", force=True)
-    with pytest.raises(ReplicaDied):
-        ref.result()
-    assert time.monotonic() - begun < 2.0
+    with pytest.raises(died()):
+        headgate.get(ref)
+    assert time.monotonic() - begun < 2.0 * slack()
 
 
 def test_draining_ends_after_its_time(client: headgate.Client) -> None:
@@ -779,8 +781,8 @@ def test_draining_ends_after_its_time(client: headgate.Client) -> None:
     begun = time.monotonic()
     client.delete_backend("it")
     assert 0.2 < time.monotonic() - begun < 3.0
-    with pytest.raises(ReplicaDied):
-        ref.result()
+    with pytest.raises(died()):
+        headgate.get(ref)
 
 
 # --- replicas that end ---
@@ -803,9 +805,10 @@ def test_a_running_request_of_a_killed_replica_fails_once(client: headgate.Clien
     ref = handle_of(client, "it").remote(20)
     time.sleep(0.1)
     os.kill(pids(client)[0], signal.SIGKILL)
-    with pytest.raises(ReplicaDied) as error:
-        ref.result(5)
-    assert error.value.started
+    with pytest.raises(died()) as error:
+        headgate.get(ref, timeout=5)
+    if isinstance(error.value, ReplicaDied):
+        assert error.value.started
     assert ask(client, "it", 0) == "slept"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from http_load import Connection, get, get_many
-from running import eventually, one_instance
+from running import cancel, cancelled, died, eventually, one_instance
 
 import headgate
 
@@ -119,7 +119,7 @@ def test_what_gathers_while_the_handler_is_busy_leaves_in_order_and_full(client:
         return texts + headgate.get(refs)
 
     answers = asyncio.run(ask())
-    assert first.result() == "call:first"
+    assert headgate.get(first) == "call:first"
     assert answers == [f"call:{kind}{number}" for kind in ("http", "handle") for number in range(5)]
     assert gate.batches == [
         ["first"],
@@ -165,18 +165,18 @@ def test_what_was_cancelled_or_expired_in_the_queue_is_in_no_batch(client: headg
         await asyncio.sleep(0.1)
         refs = [handle.remote(id="cancelled"), handle.remote(id="kept")]
         leaving.reset()
-        refs[0].cancel()
+        cancel(refs[0])
         with pytest.raises(headgate.RequestTimeout):
             await asyncio.to_thread(handle.options(timeout_s=0.2).call, id="expired")
         gate.open()
         assert (await staying.receive()).text == "call:stayed"
-        assert refs[1].result(5) == "call:kept"
-        with pytest.raises(headgate.RequestCancelled):
-            refs[0].result(5)
+        assert headgate.get(refs[1], timeout=5) == "call:kept"
+        with pytest.raises(cancelled()):
+            headgate.get(refs[0], timeout=5)
         await staying.close()
 
     asyncio.run(ask())
-    assert first.result() == "call:first"
+    assert headgate.get(first) == "call:first"
     assert gate.batches == [["first"], ["stayed", "kept"]]
 
 
@@ -199,7 +199,7 @@ def test_the_siblings_of_one_that_leaves_a_running_batch_are_unaffected(client: 
         await staying.close()
 
     asyncio.run(ask())
-    assert first.result() == "call:first"
+    assert headgate.get(first) == "call:first"
     assert sorted(gate.batches[1]) == ["leaving", "staying"]
 
 
@@ -308,7 +308,7 @@ def test_a_wrong_batch_result_fails_that_batch_only(client: headgate.Client, kin
     messages = [answer.text]
     for ref in refs:
         with pytest.raises(headgate.RequestError) as caught:
-            ref.result(5)
+            headgate.get(ref, timeout=5)
         messages.append(str(caught.value))
     for message in messages:
         assert all(text in message for text in texts), message
@@ -326,7 +326,7 @@ def test_a_batch_that_raises_fails_all_its_requests_and_no_other(client: headgat
     answer = asyncio.run(get(address_of(client), "/it"))
     assert (answer.status, "LookupError: 2 spoiled" in answer.text) == (500, True)
     with pytest.raises(LookupError, match="2 spoiled"):
-        ref.result(5)
+        headgate.get(ref, timeout=5)
     assert asyncio.run(get(address_of(client), "/it")).text == "good"
 
 
@@ -341,8 +341,8 @@ def test_an_exception_among_the_results_fails_its_own_request_only(client: headg
     assert (bad.status, "ValueError: no two" in bad.text) == (500, True)
     assert good.json() == 4
     with pytest.raises(ValueError, match="no one"):
-        refs[0].result(5)
-    assert refs[1].result(5) == 4
+        headgate.get(refs[0], timeout=5)
+    assert headgate.get(refs[1], timeout=5) == 4
 
 
 def test_items_may_be_of_any_kind(client: headgate.Client) -> None:
@@ -369,7 +369,7 @@ def test_a_batch_shares_a_replica_s_fate_but_later_ones_do_not(client: headgate.
     ref = handle.remote(die=1)
     answer = asyncio.run(get(address_of(client), "/it"))
     assert (answer.status, answer.headers.get("x-headgate-started")) == (502, "1")
-    with pytest.raises(headgate.ReplicaDied):
-        ref.result(5)
+    with pytest.raises(died()):
+        headgate.get(ref, timeout=5)
     client.update_backend_config("it", {"batch_wait_timeout": 0})
     assert handle.call() == "alive"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from http_load import Answer, Connection, Load, get, in_thread, load
-from running import eventually, is_alive, one_instance, pid_of
+from running import died, eventually, is_alive, key_of, on_ray, one_instance, pid_of, slack
 
 import headgate
 
@@ -136,6 +136,7 @@ def test_a_request_that_kills_its_replica_kills_at_most_two(client: headgate.Cli
     assert starts(log) == {"x": 2}
 
 
+@pytest.mark.local("a Ray ref is bound to its replica; requests over HTTP and handle.call are not, see above")
 def test_what_had_not_started_is_run_elsewhere(client: headgate.Client, tmp_path: Path) -> None:
     """A plain replica dies in its first request; those behind it in the same process had not started."""
 
@@ -151,8 +152,8 @@ def test_what_had_not_started_is_run_elsewhere(client: headgate.Client, tmp_path
     fatal = handle.remote(id="fatal")
     refs = [handle.remote(id=str(number)) for number in range(5)]
     assert headgate.get(refs, timeout=10) == ["alive"] * 5
-    with pytest.raises(headgate.ReplicaDied):
-        fatal.result(5)
+    with pytest.raises(died()):
+        headgate.get(fatal, timeout=5)
     assert starts(tmp_path / "log") == {"fatal": 1, **{str(number): 1 for number in range(5)}}
 
 
@@ -276,7 +277,7 @@ def test_a_killed_proxy_refuses_nobody_and_is_served_again_at_once(client: headg
     kinds = {answer.body for answer in running.failed.values()}
     assert b"ConnectionRefusedError" not in kinds
     assert kinds <= {b"ConnectionResetError", b"IncompleteReadError", b"BrokenPipeError"}
-    assert max(back) < 1.0
+    assert max(back) < 1.0 * slack()
     assert len(running.failed) < 0.25 * running.sent
 
 
@@ -296,11 +297,11 @@ def test_a_stopped_proxy_is_replaced(client: headgate.Client) -> None:
 def test_a_killed_controller_fails_no_request_and_keeps_all_replicas(client: headgate.Client, tmp_path: Path) -> None:
     handle = serve(client, worker(tmp_path / "log"), num_replicas=2, max_concurrent_queries=100)
     before = sorted(replica_pids(client))
-    directory = client._instance.directory
+    key = key_of(client)
 
     async def kill_some(running: Load) -> None:
         for _ in range(3):
-            os.kill(pid_of(directory, "headgate-ctl"), signal.SIGKILL)
+            os.kill(pid_of(key, "headgate-ctl"), signal.SIGKILL)
             assert await in_thread(handle.call) == "done"
             assert sorted(await in_thread(replica_pids, client)) == before  # answered by its successor
             await asyncio.sleep(0.2)
@@ -317,8 +318,8 @@ def test_what_was_deployed_survives_the_controller(client: headgate.Client, tmp_
     client.create_backend("other", worker(tmp_path / "log", "other"))
     client.set_traffic("it", {"it": 0.0, "other": 1.0})
     endpoints, backends = client.list_endpoints(), client.list_backends()
-    directory = client._instance.directory
-    os.kill(pid_of(directory, "headgate-ctl"), signal.SIGKILL)
+    key = key_of(client)
+    os.kill(pid_of(key, "headgate-ctl"), signal.SIGKILL)
     assert client.list_endpoints() == endpoints
     assert client.list_backends() == backends
     client.update_backend("other", worker(tmp_path / "log", "new"))
@@ -513,7 +514,8 @@ def test_whatever_a_handler_raises_is_a_500_and_the_replica_goes_on(client: head
 def test_what_a_handler_does_to_its_process_touches_nobody_else(client: headgate.Client, kind: Any) -> None:
     handle = serve(client, kind)
     before = handle.call(do="pid")
-    for name in ("chdir", "signals", "print_a_lot", "close_stdout"):
+    signals = () if on_ray() else ("signals",)  # a Ray worker's main thread is Ray's
+    for name in ("chdir", *signals, "print_a_lot", "close_stdout"):
         assert asyncio.run(get(address_of(client), f"/it?do={name}")).status == 200, name
         assert handle.call(do="pid") == before, name
     client.update_backend_config("it", {"num_replicas": 2})

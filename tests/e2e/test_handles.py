@@ -18,6 +18,7 @@ from typing import Any
 import leftovers
 import needs
 import pytest
+from running import cancel, cancelled, on_ray
 
 import headgate
 
@@ -185,13 +186,14 @@ def test_the_users_error_arrives_as_itself(client: headgate.Client, kind: str) -
         spoil(request)
 
     handle = serve(client, spoil if kind == "plain" else spoil_later)
-    for ask in (handle.call, lambda: handle.remote().result(), lambda: headgate.get([handle.remote()])):
+    for ask in (handle.call, lambda: headgate.get(handle.remote()), lambda: headgate.get([handle.remote()])):
         with pytest.raises(Spoiled) as caught:
             ask()
-        assert isinstance(caught.value, headgate.BackendError)
         assert caught.value.days == 3
-        assert "in spoil" in caught.value.remote_traceback
         assert "milk" in str(caught.value)
+        if not on_ray() or ask == handle.call:  # a Ray ref raises as every task of Ray's does
+            assert isinstance(caught.value, headgate.BackendError)
+            assert "in spoil" in caught.value.remote_traceback
 
     async def use(handle: Any) -> None:
         with pytest.raises(Spoiled, match="milk"):
@@ -217,10 +219,16 @@ def test_what_does_not_pickle_is_named(client: headgate.Client) -> None:
         handle.call()
     with pytest.raises(TypeError, match="lock"):
         handle.call(threading.Lock())
+
+
+@pytest.mark.local("a Ray ref may leave its process")
+def test_a_ref_inside_of_something_else_does_not_pickle(client: headgate.Client) -> None:
+    handle = serve(client, plain_echo)
     with pytest.raises(headgate.SerializationError, match=r"headgate\.get"):
         handle.call([handle.remote()])
 
 
+@pytest.mark.local("a Ray ref is bound to its replica: what waits there dies with it")
 def test_a_replica_that_is_killed_fails_what_it_ran_and_is_replaced(client: headgate.Client, tmp_path: Path) -> None:
     def sleep(request: Any) -> Any:
         if request.data == "sleep":
@@ -354,7 +362,7 @@ def test_a_request_times_out_and_one_that_waits_never_runs(client: headgate.Clie
     assert 0.1 <= time.monotonic() - began < 0.5
     with pytest.raises(TimeoutError):
         awaiting(client, "it", lambda each: each.options(timeout_s=0.1).call("third"))
-    running.result(5)
+    headgate.get(running, timeout=5)
     handle.call("last")
     assert sorted(os.listdir(tmp_path)) == ["first", "last"]
 
@@ -370,9 +378,9 @@ def test_a_cancelled_request_is_cancelled_in_the_replica(client: headgate.Client
     handle = serve(client, sleep)
     ref = handle.remote("a")
     until((tmp_path / "a started").exists)
-    assert ref.cancel()
-    with pytest.raises(headgate.RequestCancelled):
-        ref.result(5)
+    cancel(ref)
+    with pytest.raises(cancelled()):
+        headgate.get(ref, timeout=5)
     until((tmp_path / "a ended").exists)
 
     async def use(handle: Any) -> None:
@@ -435,6 +443,7 @@ def test_after_shutdown_a_handle_says_so(client: headgate.Client) -> None:
         asyncio.run(later.call(1))
 
 
+@pytest.mark.local("the embedded engine's supervisor is a child of the driver; tests/ray kills other things")
 def test_no_call_outlives_its_instance(client: headgate.Client, tmp_path: Path) -> None:
     def sleep(request: Any) -> None:
         (tmp_path / "started").touch()
@@ -472,7 +481,7 @@ def test_a_handle_is_used_by_many_threads_and_loops(client: headgate.Client) -> 
     def use(thread: int) -> None:
         for number in range(100):
             value = (thread, number)
-            answer = handle.call(value) if number % 2 else handle.remote(value).result()
+            answer = handle.call(value) if number % 2 else headgate.get(handle.remote(value))
             if answer != value:
                 wrong.append((value, answer))
 
@@ -546,6 +555,7 @@ def test_a_pickled_handle_calls_from_another_process(client: headgate.Client) ->
     assert handle.call(1) == 1
 
 
+@pytest.mark.local("Ray does not survive a fork of its driver")
 def test_a_handle_survives_a_fork(client: headgate.Client) -> None:
     handle = serve(client, plain_echo)
     assert handle.call(1) == 1
@@ -585,7 +595,7 @@ handle = client.get_handle("ripen")
 answer = handle.call(Fruit("apple"))
 print("ANSWER", type(answer) is Fruit, answer.name)
 try:
-    handle.remote(Fruit("pear")).result()
+    headgate.get(handle.remote(Fruit("pear")))
 except Rotten as error:
     print("ERROR", error.args)
 
@@ -638,10 +648,14 @@ later = client.get_handle("ripen", sync=False)
 fruits = await asyncio.gather(*(later.call(Fruit("plum")) for _ in range(3)))
 print("ANSWER", [fruit.name for fruit in fruits])
 ref = await later.remote(Fruit("fig"))
+"""
+REFUSED = """
 try:
     headgate.get(await later.remote(Fruit("kiwi")))
 except headgate.InstanceError:
     print("ERROR", "await it")
+"""
+LAST = """
 print("ANSWER", (await ref).name, handle.call(Fruit("fig")).name)
 client.shutdown()
 """
@@ -650,13 +664,15 @@ client.shutdown()
 def test_handles_work_in_a_notebook() -> None:
     needs.module("jupyter_client")
     needs.module("ipykernel")
+    refused = () if on_ray() else (REFUSED,)  # the answer to a Ray ref does not come through the notebook's loop
     run = subprocess.run(
         [sys.executable, "-c", NOTEBOOK],
-        input=json.dumps([PROGRAM, CELL]),
+        input=json.dumps([PROGRAM, CELL, *refused, LAST]),
         capture_output=True,
         text=True,
         timeout=50,
     )
     assert lines(run.stdout) == [
-        *EXPECTED, "ANSWER ['ripe plum', 'ripe plum', 'ripe plum']", "ERROR await it", "ANSWER ripe fig ripe fig",
+        *EXPECTED, "ANSWER ['ripe plum', 'ripe plum', 'ripe plum']", *("ERROR await it" for _ in refused),
+        "ANSWER ripe fig ripe fig",
     ], run.stdout + run.stderr  # fmt: skip

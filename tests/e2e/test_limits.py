@@ -207,7 +207,7 @@ def test_too_many_waiting_requests_are_refused_with_a_time_to_retry(
         assert [(await answer).status for answer in waiting] == [200] * 3
 
     asyncio.run(main())
-    assert first.result() == "done"
+    assert headgate.get(first) == "done"
     assert "refused" not in held.started
 
 

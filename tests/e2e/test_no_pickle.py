@@ -18,11 +18,14 @@ from urllib.parse import quote_from_bytes
 
 import httpx
 import pytest
-from running import one_instance, pid_of
+from running import key_of, one_instance, pid_of
 
 import headgate
 from headgate.core import framing
 from headgate.wire.handshake import VERSION
+
+#: The hook gets into processes by the environment, and those of Ray's workers have the node's.
+pytestmark = pytest.mark.local("the audit hook does not get into Ray's workers")
 
 HOOK = """
 import os, sys
@@ -123,9 +126,9 @@ def pieces(data: bytes) -> Iterator[bytes]:
 
 
 def test_every_process_has_inherited_the_hook(stage: Stage) -> None:
-    directory = stage.client._instance.directory
+    key = key_of(stage.client)
     for title in ("headgate-super", "headgate-ctl", "headgate-proxy"):
-        environ = Path(f"/proc/{pid_of(directory, title)}/environ").read_bytes()
+        environ = Path(f"/proc/{pid_of(key, title)}/environ").read_bytes()
         assert b"HEADGATE_TEST_PICKLES=" in environ
     assert stage.looked_up(), "the replica, forked like the others, has read its code"
 
@@ -183,7 +186,7 @@ def answered(sock: socket.socket) -> bytes:
 
 
 def test_a_stranger_on_the_sockets_of_the_instance_is_not_listened_to(stage: Stage) -> None:
-    sockets = sorted(Path(stage.client._instance.directory).glob("*.sock"))
+    sockets = sorted(Path(key_of(stage.client)).glob("*.sock"))
     assert len(sockets) >= 2, "the controller's, and one of each replica"
     for path, bomb in itertools.product(sockets, stage.bombs()):
         greeting = b"HGT1" + VERSION.to_bytes(2, "little") + bytes(2 + 32) + bomb[:64].ljust(64, b"\0")

@@ -8,7 +8,8 @@ import pytest
 
 from headgate.core.state import Settings
 from headgate.engine.fake import FakeEngine, Habits, VirtualClock
-from headgate.engine.interface import Event, Exited, Reported
+from headgate.engine.interface import Event, Exited, NodesChanged, Reported
+from headgate.errors import InstanceError
 from headgate.wire import messages
 
 SPEC = messages.ReplicaSpec("iris", 1, "code", Settings())
@@ -44,6 +45,7 @@ def test_the_same_seed_tells_the_same_story(seed: int) -> None:
 def test_nothing_is_heard_of_a_process_after_its_end(seed: int) -> None:
     gone: set[str] = set()
     for _, event in story(seed, Habits(dies_while_starting=0.3)):
+        assert isinstance(event, Reported | Exited)
         assert event.id not in gone
         if isinstance(event, Exited):
             gone.add(event.id)
@@ -126,7 +128,87 @@ def test_another_controller_hears_again_how_replicas_are() -> None:
     asyncio.run(engine.open(told.append))
     assert told == []
     clock.advance(1.0)
-    assert [(event.id, type(event)) for event in told] == [(id, Reported)]
+    assert [event.id for event in told if isinstance(event, Reported)] == [id]
+    assert len(told) == 1
+
+
+def test_replicas_are_spread_over_the_nodes() -> None:
+    engine = FakeEngine(0, VirtualClock(), nodes=("a", "b"))
+
+    async def begin() -> None:
+        await engine.start_proxy("a")
+        for _ in range(5):
+            await engine.start_replica(SPEC)
+
+    asyncio.run(begin())
+    assert engine.home_node == "a"
+    assert [process.node for process in engine.observe()] == ["a", "b", "a", "b", "a", "b"]
+    assert [process.id for process in engine.observe()][:2] == ["proxy@a#0001", "iris#0002"]
+
+
+def test_what_ran_on_a_node_that_left_ends() -> None:
+    clock = VirtualClock()
+    engine = FakeEngine(0, clock, nodes=("a", "b"))
+    told: list[Event] = []
+
+    async def begin() -> list[str]:
+        await engine.open(told.append)
+        return [await engine.start_replica(SPEC), await engine.start_replica(SPEC), await engine.start_proxy("b")]
+
+    stays, replica, proxy = asyncio.run(begin())
+    assert (engine.http_address("a"), engine.http_address("b")) == (None, "http://b:8000")
+    clock.advance(1.0)
+    told.clear()
+    engine.remove_node("b")
+    assert told == []
+    assert engine.nodes() == ("a",)
+    assert engine.http_address("b") is None
+    clock.advance(1.0)
+    assert NodesChanged() in told
+    ended = {event.id: event.cause for event in told if isinstance(event, Exited)}
+    assert ended == dict.fromkeys((proxy, replica), "its node left the cluster")
+    assert [process.id for process in engine.observe()] == [stays]
+
+
+def test_a_node_that_came_is_used_and_one_that_is_not_there_is_not() -> None:
+    clock = VirtualClock()
+    engine = FakeEngine(0, clock, nodes=("a",))
+    told: list[Event] = []
+
+    async def begin() -> None:
+        await engine.open(told.append)
+        with pytest.raises(InstanceError, match="node b"):
+            await engine.start_proxy("b")
+        engine.add_node("b")
+        assert engine.nodes() == ("a", "b")
+        await engine.start_proxy("b")
+        engine.remove_node("a")
+        engine.remove_node("b")
+        with pytest.raises(InstanceError, match="no node"):
+            await engine.start_replica(SPEC)
+
+    asyncio.run(begin())
+    clock.advance(1.0)
+    assert told.count(NodesChanged()) == 3
+    assert engine.home_node == "a"
+
+
+def test_a_replica_elsewhere_says_where_other_nodes_reach_it() -> None:
+    clock = VirtualClock()
+    engine = FakeEngine(0, clock, nodes=("a",))
+    told: list[Event] = []
+
+    async def begin() -> None:
+        await engine.open(told.append)
+        await engine.start_replica(SPEC)
+
+    asyncio.run(begin())
+    clock.advance(1.0)
+    [event] = told
+    assert isinstance(event, Reported)
+    assert isinstance(event.message, messages.Report)
+    assert event.message.node == "a"
+    assert event.message.remote.startswith("tcp://a:")
 
 
 def test_the_clock_calls_in_order_and_a_call_may_set_another() -> None:

@@ -14,7 +14,7 @@ import tiny
 
 from headgate.core.state import Settings
 from headgate.engine.interface import Event, Exited, Reported
-from headgate.engine.local import LocalEngine, cause_of
+from headgate.engine.local import LocalEngine
 from headgate.errors import InstanceError
 from headgate.replica.callable import pack
 from headgate.wire import messages
@@ -38,7 +38,7 @@ class Controller:
         self.told: list[Event] = []
         self.heard: list[tuple[str, messages.ToController]] = []
         self.hub = Hub(instance.control.dup(), instance.token, self._hear, lambda peer: None)
-        self.engine = LocalEngine(instance.ask, self.hub, all_gpus=("0", "1"))
+        self.engine = LocalEngine(instance.ask, self.hub, "http://127.0.0.1:8000", all_gpus=("0", "1"))
 
     def _hear(self, peer: Peer, message: messages.ToController) -> None:
         self.heard.append((peer.id, message))
@@ -59,15 +59,15 @@ class Controller:
     async def leave(self) -> None:
         """What remains of a controller that was killed: nothing that speaks."""
         self.hub.close()
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self.engine._ask.fileno())
+        self.engine._line.close()
         await asyncio.sleep(0)
 
 
-def spec_in(instance: tiny.Instance, num_gpus: float = 0.0) -> messages.ReplicaSpec:
+def spec_in(instance: tiny.Instance, num_gpus: float | None = None) -> messages.ReplicaSpec:
     path = Path(instance.directory, "good")
     path.write_bytes(pack(tiny.good)[0])
-    return messages.ReplicaSpec("iris", 4, str(path), Settings(), num_gpus=num_gpus)
+    resources = {"num_cpus": 2} if num_gpus is None else {"num_gpus": num_gpus}
+    return messages.ReplicaSpec("iris", 4, str(path), Settings(), resources=resources)
 
 
 def kill_controller(instance: tiny.Instance) -> None:
@@ -169,14 +169,16 @@ def test_what_is_not_the_engine_s_goes_on_to_the_controller(instance: tiny.Insta
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(
-    ("status", "cause"),
-    [
-        (9, "killed by SIGKILL"),
-        (40, "killed by signal 40"),
-        (0, "exited with status 0"),
-        (3 << 8, "exited with status 3"),
-    ],
-)
-def test_a_cause_is_in_words(status: int, cause: str) -> None:
-    assert cause_of(status) == cause
+def test_there_is_one_node_whose_address_is_known(instance: tiny.Instance) -> None:
+    async def main() -> None:
+        controller = Controller(instance)
+        await controller.open()
+        engine = controller.engine
+        assert engine.http_address(engine.home_node) == "http://127.0.0.1:8000"
+        assert engine.http_address("elsewhere") is None
+        with pytest.raises(InstanceError, match="one machine"):
+            await engine.start_proxy("elsewhere")
+        await engine.close()
+        await controller.leave()
+
+    asyncio.run(main())

@@ -22,8 +22,9 @@ from typing import Any
 
 import msgspec
 
-from headgate.engine import asks, boot, directory, listener, supervisor
-from headgate.engine.child import Role
+from headgate.engine import asks, boot, directory, ignition, listener, roles, supervisor
+from headgate.engine.roles import Role
+from headgate.wire import home
 
 HERE = Path(__file__).parent
 
@@ -37,13 +38,18 @@ def supervise(boot_fd: int) -> None:
 
 def supervise_replicas(boot_fd: int) -> None:
     """The tiny controller, and the replicas and proxies of the package; none that nobody asked for."""
-    proxy = supervisor.ROLES["proxy"]._replace(unasked=False)
-    supervisor.main(boot.read(boot_fd), {**supervisor.ROLES, "controller": ROLES["controller"], "proxy": proxy})
+    proxy = roles.ROLES["proxy"]._replace(unasked=False)
+    supervisor.main(boot.read(boot_fd), {**roles.ROLES, "controller": ROLES["controller"], "proxy": proxy})
 
 
 def supervise_unasked(boot_fd: int) -> None:
     """As `supervise`, with a role that nobody has to ask for."""
     supervisor.main(boot.read(boot_fd), {**ROLES, "early": Role("tiny:sleeper", "tiny-early", unasked=True)})
+
+
+def supervise_node(boot_fd: int) -> None:
+    """A node of a cluster: the package's agent and the tiny roles."""
+    supervisor.main(boot.read(boot_fd), {**ROLES, "controller": roles.AGENT_ROLES["controller"]})
 
 
 def controller(child: boot.ChildBoot) -> int:
@@ -243,14 +249,8 @@ class Instance:
         self._connection.sendall(bytes([status]))
 
     def processes(self) -> set[int]:
-        """The living processes of this instance but for this one: those with its id in their environment."""
-        wanted = f"{boot.INSTANCE_VARIABLE}={os.path.basename(self.directory)}".encode()
-        found = set()
-        for entry in os.listdir("/proc"):
-            with contextlib.suppress(OSError):
-                if entry.isdigit() and wanted in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
-                    found.add(int(entry))
-        return found
+        """The living processes of this instance but for this one."""
+        return processes_of(os.path.basename(self.directory))
 
     def ended(self, within_s: float) -> int | None:
         """The supervisor's wait status, or None if it still runs after that time."""
@@ -270,6 +270,56 @@ class Instance:
         for sock in (self.control, self._test, self._connection, getattr(self, "ask", None)):
             if sock is not None:
                 sock.close()
+
+
+class Node:
+    """A running supervisor of a cluster's node; the test writes down where the controller is, and is it.
+
+    watch   pid of the process with which all ends
+    """
+
+    ID = "4f1d0e2b9a7c"
+
+    def __init__(self, watch: int, *, orphan: bool = False) -> None:
+        self.instance = os.urandom(4).hex()
+        self.directory, lock = directory.create(directory.base(), self.instance)
+        self.token = directory.write_token(self.directory)
+        http = listener.bind("127.0.0.1", 0)
+        self.port = http.getsockname()[1]
+        home.write_controller(self.directory, "@nobody-listens-here", node=self.ID)
+        record = boot.Boot(
+            instance=self.instance, namespace="tiny", directory=self.directory, token=self.token, detached=False,
+            driver_pid=1, lock_fd=lock, control_fd=-1, http_fd=http.fileno(), node=self.ID, watch_pid=watch,
+        )  # fmt: skip
+        spark = ignition.strike("tiny:supervise_node", self.instance, orphan=orphan)
+        boot.tell(spark, record)
+        self.pid = spark.pid
+        os.close(lock)
+        http.close()
+
+    def processes(self) -> set[int]:
+        """The living ones."""
+        return processes_of(self.instance)
+
+    def close(self) -> None:
+        """End whatever is left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        eventually(lambda: not self.processes())
+        directory.sweep(directory.base())
+
+
+def processes_of(instance: str) -> set[int]:
+    """The living processes of an instance but for this one: those with its id in their environment."""
+    wanted = f"{boot.INSTANCE_VARIABLE}={instance}".encode()
+    found = set()
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and wanted in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                found.add(int(entry))
+    return found
 
 
 def eventually(true: Callable[[], Any], within_s: float = 5.0) -> bool:
@@ -292,11 +342,19 @@ def drive() -> None:
     signal.pause()
 
 
-class Driver:
-    """Another process that runs `drive`."""
+def start_node() -> None:
+    """A process of a cluster that starts a node's supervisor, says so, and waits to be killed."""
+    os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)  # what foreign code may have left open
+    node = Node(int(sys.argv[1]), orphan=True)
+    print(msgspec.json.encode((node.pid, node.directory, node.port)).decode(), flush=True)
+    signal.pause()
 
-    def __init__(self, *arguments: str) -> None:
-        code = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import tiny; tiny.drive()"
+
+class Driver:
+    """Another process that runs `drive`, or what else is named."""
+
+    def __init__(self, *arguments: str, run: str = "drive") -> None:
+        code = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import tiny; tiny.{run}()"
         self.process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

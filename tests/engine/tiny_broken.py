@@ -6,7 +6,7 @@ import msgspec
 import tiny
 
 from headgate.engine import boot, supervisor
-from headgate.engine.child import Role
+from headgate.engine.roles import Role
 
 
 def supervise(boot_fd: int) -> None:

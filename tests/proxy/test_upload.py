@@ -127,6 +127,16 @@ def test_without_room_the_body_goes_elsewhere(wire: Wire) -> None:
     assert wire.statuses() == [200]
 
 
+def test_for_a_replica_of_another_node_the_body_is_copied(wire: Wire) -> None:
+    wire.receive(post(BODY)[:-1])
+    wire.receive(b"x")
+    caller = wire.router.callers[-1]
+    assert caller.inline() == (0, BODY[:-1] + b"x")
+    assert taken(wire)  # until the answer is out: another replica may have to be asked
+    wire.reply()
+    assert not taken(wire)
+
+
 def test_a_body_with_shadows_is_copied(wire: Wire) -> None:
     wire.receive(post(BODY, path="/shadowed")[:-1])
     wire.receive(BODY[-1:])

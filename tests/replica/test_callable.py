@@ -23,7 +23,7 @@ from headgate.errors import (
     SerializationError,
 )
 from headgate.replica import callable as code
-from headgate.replica import context
+from headgate.replica import context, shape
 
 
 @pytest.fixture(autouse=True)
@@ -522,7 +522,7 @@ def test_a_traceback_shows_the_users_frames_and_causes_only():
     except EndpointNotFound as error:
         own = code.user_traceback(error)
     with pytest.raises(ValueError, match="second") as caught:
-        asyncio.run(code._awaitable(user)())
+        asyncio.run(shape.awaitable(user)())
     text = code.user_traceback(caught.value)
 
     assert "KeyError: 'first'" in text

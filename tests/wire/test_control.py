@@ -18,11 +18,14 @@ from headgate.core import framing
 from headgate.core.state import Snapshot
 from headgate.errors import ArgumentError, ConfigError, EndpointNotFound, HeadgateError, InstanceError
 from headgate.wire import messages
-from headgate.wire.control import ControlClient, Hub, Peer
+from headgate.wire.address import address_of, listen
+from headgate.wire.control import RECONNECT_S, ControlClient, Hub, Peer
 from headgate.wire.handshake import dial
+from headgate.wire.home import DirectoryHome
 
 TOKEN = b"t" * 32
 Answer = Callable[[messages.Request], messages.Response | None]
+Find = Callable[[Exception | None], Awaitable[str | None]]
 
 
 def echo(request: messages.Request) -> messages.Response | None:
@@ -36,7 +39,7 @@ def no_answer(request: messages.Request) -> messages.Response | None:
 class World:
     """The controller's socket, one controller at a time, and one client."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, find: Find | None = None) -> None:
         self.path = str(folder / "control.sock")
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.path)
@@ -49,7 +52,7 @@ class World:
         self.ends = 0
         self.hub = self.start_controller()
         self.client = ControlClient(
-            self.path,
+            find or DirectoryHome(str(folder), TOKEN).find,
             TOKEN,
             lambda version: messages.Hello("client", "me", os.getpid(), True, version),
             on_message=self.told.append,
@@ -349,7 +352,7 @@ def test_whoever_leaves_is_not_told_that_it_is_over(play: Play) -> None:
 def test_where_nobody_listens_there_is_nothing_to_open(short_dir: Path) -> None:
     ends: list[bool] = []
     client = ControlClient(
-        str(short_dir / "control.sock"),
+        DirectoryHome(str(short_dir), TOKEN).find,
         TOKEN,
         lambda version: messages.Hello("client", "me", 1),
         on_gone=lambda: ends.append(True),
@@ -357,6 +360,158 @@ def test_where_nobody_listens_there_is_nothing_to_open(short_dir: Path) -> None:
     with pytest.raises(InstanceError, match="no headgate instance listens on"):
         virtual_time.run(client.open())
     assert ends == [True]
+
+
+def test_whoever_knows_that_the_instance_is_over_ends_it_for_this_process_from_any_thread(play: Play) -> None:
+    async def scene(world: World) -> None:
+        world.answer = no_answer
+        call = asyncio.ensure_future(world.client.call("any", {}))
+        await world.until(world.requests)
+        await asyncio.to_thread(world.client.end_threadsafe)
+
+        with pytest.raises(InstanceError, match="the instance is over"):
+            await call
+        await world.until(lambda: world.gone == ["me"])
+        world.client.over()
+        assert world.ends == 1
+
+    play(scene)
+
+
+def test_the_end_is_the_end_though_a_connection_is_just_being_made(play: Play) -> None:
+    async def scene(world: World) -> None:
+        await world.until(lambda: world.heard)
+        world.hub.close()
+        await asyncio.sleep(0.5)
+        world.client.over()
+        world.start_controller()
+        await asyncio.sleep(0.5)
+        assert not world.hub.peers
+
+    play(scene)
+
+
+# --- finding the controller -----------------------------------------------------------------------------
+
+
+class Finder:
+    """Finds what it is told to, and keeps what it was asked with and when."""
+
+    def __init__(self, found: Callable[[], str | None]) -> None:
+        self.found = found
+        self.asked: list[Exception | None] = []
+        self.at: list[float] = []
+
+    async def __call__(self, error: Exception | None) -> str | None:
+        self.asked.append(error)
+        self.at.append(asyncio.get_running_loop().time())
+        return self.found()
+
+
+def finding(folder: Path, finder: Finder, scene: Callable[[World], Awaitable[None]]) -> None:
+    async def main() -> None:
+        world = World(folder, finder)
+        try:
+            await scene(world)
+        finally:
+            world.client.close()
+            world.hub.close()
+            world.listener.close()
+            await asyncio.sleep(0.1)
+
+    virtual_time.run(main(), limit_s=60.0)
+
+
+def test_a_finder_is_told_what_the_last_try_ended_with_and_nobody_spins(short_dir: Path) -> None:
+    finder = Finder(lambda: str(short_dir / "nobody"))
+
+    async def scene(world: World) -> None:
+        opening = asyncio.ensure_future(world.client.open())
+        await asyncio.sleep(1.0)
+        assert 10 <= len(finder.asked) <= 1.0 / RECONNECT_S + 1
+        finder.found = lambda: world.path
+        await opening
+        assert await world.client.call("echo", {"a": 1}) == {"a": 1}
+        assert finder.asked[0] is None
+        assert {type(error) for error in finder.asked[1:]} == {FileNotFoundError}
+
+    finding(short_dir, finder, scene)
+
+
+def test_a_finder_that_cannot_tell_is_asked_again_and_not_in_a_spin(short_dir: Path) -> None:
+    def cannot_tell() -> str | None:
+        raise OSError("no key-value store")
+
+    finder = Finder(cannot_tell)
+
+    async def scene(world: World) -> None:
+        opening = asyncio.ensure_future(world.client.open())
+        await asyncio.sleep(1.0)
+        assert 10 <= len(finder.asked) <= 1.0 / RECONNECT_S + 1
+        finder.found = lambda: world.path
+        await opening
+        assert [str(error) for error in finder.asked[1:]] == ["no key-value store"] * (len(finder.asked) - 1)
+
+    finding(short_dir, finder, scene)
+
+
+@pytest.mark.parametrize("tries", [0, 1, 3])
+def test_a_finder_may_say_at_any_time_that_the_instance_is_over(short_dir: Path, tries: int) -> None:
+    finder = Finder(lambda: str(short_dir / "nobody") if len(finder.asked) <= tries else None)
+
+    async def scene(world: World) -> None:
+        with pytest.raises(InstanceError, match="no headgate instance listens on" if tries else "is over"):
+            await world.client.open()
+        assert world.ends == 1
+        assert len(finder.asked) == tries + 1
+
+    finding(short_dir, finder, scene)
+
+
+def test_a_controller_that_comes_back_elsewhere_is_found_there(short_dir: Path) -> None:
+    finder = Finder(lambda: str(short_dir / "control.sock"))
+
+    async def scene(world: World) -> None:
+        await world.client.open()
+        world.answer = no_answer
+        call = asyncio.ensure_future(world.client.call("echo", {"a": 1}))
+        await world.until(world.requests)
+        world.end()
+        elsewhere = listen("tcp://127.0.0.1:0")
+        world.listener = elsewhere
+        finder.found = lambda: address_of(elsewhere)
+        world.answer = echo
+        world.start_controller()
+        assert await call == {"a": 1}
+        [peer] = world.hub.peers
+        assert not peer.is_local
+
+    finding(short_dir, finder, scene)
+
+
+def test_a_hub_listens_in_several_places_and_knows_who_is_on_its_own_node(short_dir: Path) -> None:
+    async def main() -> None:
+        listeners = [listen(address) for address in (str(short_dir / "s"), "@headgate-test-hub", "tcp://127.0.0.1:0")]
+        peers: dict[str, Peer] = {}
+        hub = Hub(listeners, TOKEN, lambda peer, message: peers.__setitem__(peer.id, peer), lambda peer: None)
+        hub.open()
+        clients = []
+        for number, listener in enumerate(listeners):
+            place = address_of(listener)
+            finder = Finder(lambda place=place: place)
+            hello = messages.Hello("client", str(number), 1)
+            clients.append(ControlClient(finder, TOKEN, lambda version, hello=hello: hello))
+            await clients[-1].open()
+        while len(peers) < len(clients):
+            await asyncio.sleep(0.001)
+        assert [peers[str(number)].is_local for number in range(3)] == [True, True, False]
+        for client in clients:
+            client.close()
+        hub.close()
+        assert all(listener.fileno() < 0 for listener in listeners)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(main())
 
 
 # --- strangers ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import pytest
 import virtual_time
 
 from headgate.errors import ProtocolError
+from headgate.wire.address import address_of, listen
 from headgate.wire.handshake import MAX_FDS, TIMEOUT_S, VERSION, accept, dial, wire_name
 
 TOKEN = b"t" * 32
@@ -196,6 +197,52 @@ def test_a_name_too_long_to_send_becomes_a_digest_of_its_own() -> None:
     assert all(len(digest.encode()) == 64 for digest in digests)
 
 
+def meeting(address: str, fds: Sequence[int] = (), token: bytes = TOKEN) -> tuple[int, list[int], str]:
+    """What two make of each other at a listener's address: (pid, fds that came, name)."""
+
+    async def main() -> tuple[int, list[int], str]:
+        loop = asyncio.get_running_loop()
+        with listen(address) as listener:
+            listener.setblocking(False)
+            dialing = asyncio.ensure_future(dial(address_of(listener), token, "driver", fds))
+            theirs, _ = await loop.sock_accept(listener)
+            with theirs:
+                try:
+                    name, came = await accept(theirs, TOKEN)
+                    ours, pid = await dialing
+                    with ours:
+                        await loop.sock_sendall(ours, b"frames")
+                        assert await loop.sock_recv(theirs, 100) == b"frames"
+                        assert is_prepared(ours) == is_prepared(theirs) == address.startswith("tcp")
+                    return pid, came, name
+                finally:
+                    dialing.cancel()
+                    await asyncio.wait([dialing])
+
+    return asyncio.run(main())
+
+
+def is_prepared(sock: socket.socket) -> bool:
+    return sock.family != socket.AF_UNIX and bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+
+def test_an_abstract_socket_is_as_good_as_a_path(files: list[int]) -> None:
+    pid, fds, name = meeting("@headgate-test-handshake", files[:2])
+    assert (pid, len(fds), name) == (os.getpid(), 2, "driver")
+    for fd in fds:
+        os.close(fd)
+
+
+def test_over_tcp_no_descriptors_pass_and_a_pid_means_nothing(files: list[int]) -> None:
+    assert meeting("tcp://127.0.0.1:0", files[:2]) == (0, [], "driver")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "@headgate-test-handshake"])
+def test_without_the_token_no_address_lets_anybody_in(address: str) -> None:
+    with pytest.raises(ProtocolError, match="closed the connection"):  # the dialer is the first to see it
+        meeting(address, token=b"guess" * 6)
+
+
 # --- those who do not ------------------------------------------------------------------------------
 
 
@@ -369,6 +416,36 @@ def test_a_listener_whose_queue_stays_full_is_given_up(short_dir: Path) -> None:
         listener.listen(0)
         first.connect(path)
         assert seconds_of(lambda: dial(path, TOKEN, "d")) == pytest.approx(TIMEOUT_S)
+
+
+def test_a_machine_that_does_not_answer_holds_up_neither_the_loop_nor_the_dialer_for_long() -> None:
+    async def main() -> None:
+        turns = 0
+        with socket.socket() as full:  # its queue is full: the kernel drops what else knocks
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            place = full.getsockname()
+            with socket.create_connection(place):
+                dialing = asyncio.ensure_future(dial(f"tcp://127.0.0.1:{place[1]}", TOKEN, "d"))
+                while not dialing.done():
+                    turns += 1
+                    await asyncio.sleep(0.01)
+        with pytest.raises(ProtocolError, match=f"within {TIMEOUT_S:g} s"):
+            await dialing
+        assert turns > 20
+
+    asyncio.run(main())
+
+
+def test_where_nobody_listens_over_tcp_is_an_error_at_once(free_port: int) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        asyncio.run(dial(f"tcp://127.0.0.1:{free_port}", TOKEN, "d"))
+
+
+@pytest.mark.parametrize("address", ["", "control.sock", "tcp://", "tcp://host", "http://127.0.0.1:80"])
+def test_what_is_no_address_is_not_dialled(address: str) -> None:
+    with pytest.raises(ProtocolError, match="is not the address of a socket"):
+        virtual_time.run(dial(address, TOKEN, "d"))
 
 
 def test_where_nobody_listens_is_an_error_at_once(short_dir: Path) -> None:

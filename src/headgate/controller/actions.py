@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headgate import logs
-from headgate.controller.fleet import Fleet
+from headgate.controller.fleet import LOCAL, Fleet
 from headgate.controller.store import Store
 from headgate.core import lifecycle
 from headgate.core.reconcile import Drain, Reconfigure, Stop, Version
@@ -31,8 +31,9 @@ class Actions:
     async def start(self, name: str, goal: BackendGoal) -> None:
         """Start a replica of `goal` that the fleet counts as `name`. Raises what the engine raises."""
         id = await self._engine.start_replica(self._spec(goal))
-        pids = {process.id: process.pid for process in self._engine.observe()}
-        if self._fleet.born(name, id, pids.get(id, 0)):
+        processes = {process.id: process for process in self._engine.observe()}
+        pid, node = (processes[id].pid, processes[id].node) if id in processes else (0, LOCAL)
+        if self._fleet.born(name, id, pid, node):
             log.debug("replica %s starts, version %d", id, goal.version)
         else:  # nobody wants it any more
             self._engine.kill(id)
@@ -79,5 +80,5 @@ class Actions:
             self._store.path(goal.user_config) if goal.user_config else None,
             goal.config_version,
             goal.env,
-            goal.num_gpus,
+            goal.resources,
         )

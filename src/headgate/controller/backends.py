@@ -37,7 +37,7 @@ class Code(Struct):
     given: dict[str, Any] = {}
     user_config: bytes | None = None
     env: dict[str, str] | None = None
-    num_gpus: float | None = None
+    resources: dict[str, Any] | None = None
 
 
 class Config(Struct):
@@ -94,7 +94,7 @@ class Backends:
             user_config,
             old.config_version,
             old.env if new.env is None else tuple(sorted(new.env.items())),
-            old.num_gpus if new.num_gpus is None else new.num_gpus,
+            old.resources if new.resources is None else new.resources,
             call,
         )
 
@@ -170,10 +170,7 @@ class Backends:
         return {goal.tag: self._described(goal) for goal in self._controller.goals.backends}
 
     def _described(self, goal: BackendGoal) -> dict[str, Any]:
-        blob = None
-        if goal.user_config is not None:
-            with open(self._controller.store.path(goal.user_config), "rb") as file:
-                blob = file.read()
+        blob = None if goal.user_config is None else self._controller.store.get(goal.user_config)
         return {"given": goal.given, "settings": asdict(goal.settings), "user_config": blob}
 
 

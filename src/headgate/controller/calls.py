@@ -34,25 +34,24 @@ GOODBYE_S = 20.0
 class Calls:
     """The public calls of one controller."""
 
-    def __init__(self, controller: Controller, http: str | None = None) -> None:
+    def __init__(self, controller: Controller) -> None:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._controller = controller
         self._backends = Backends(controller)
-        self._http = http
         self._running: dict[str, asyncio.Task[Any]] = {}
 
     # --- answering ---
 
-    def answer(self, peer: PeerLike, request: messages.Request) -> None:
-        """Run a call and send its answer to `peer`."""
+    def answer(self, peer: PeerLike, node: str, request: messages.Request) -> None:
+        """Run a call of `peer`, a process of `node`, and send it the answer."""
         task = self._running.get(request.call)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._run(request))
+            task = asyncio.get_running_loop().create_task(self._run(request, node))
             self._running[request.call] = task
             task.add_done_callback(lambda task: self._running.pop(request.call, None))
         task.add_done_callback(lambda task: _respond(peer, request, task))
 
-    async def _run(self, request: messages.Request) -> Any:
+    async def _run(self, request: messages.Request, node: str) -> Any:
         name = f"do_{request.method}"
         method = getattr(self, name, None) or getattr(self._backends, name, None)
         if method is None:
@@ -60,6 +59,8 @@ class Calls:
         if request.method not in _ALWAYS:
             await self._controller.until(lambda: not self._controller.adopting)
             self._check_open()
+        if request.method in _OF_A_NODE:
+            return await method(node)
         try:
             return await method(request.call, msgspec.msgpack.decode(request.params))
         except msgspec.MsgspecError as error:
@@ -73,34 +74,40 @@ class Calls:
 
     # --- the instance ---
 
-    async def do_start_info(self, call: str, params: Any) -> Any:
+    async def do_start_info(self, node: str) -> Any:
+        """What a process of `node` has to know of the instance; `http` is the proxy that it may use."""
         controller = self._controller
-        return {"ready": self._is_ready(), "http": self._http, "incarnation": controller.incarnation}
+        return {
+            "ready": self._is_ready(),
+            "http": controller.proxies.address(node),
+            "incarnation": controller.incarnation,
+        }
 
-    async def do_wait_ready(self, call: str, params: Any) -> Any:
+    async def do_wait_ready(self, node: str) -> Any:
         proxies = self._controller.proxies
-        await self._controller.until(lambda: self._is_ready() or proxies.failures > 0)
+        await self._controller.until(lambda: self._is_ready() or proxies.fails())
         if not self._is_ready():
             proxies.check()
-        return await self.do_start_info(call, params)
+        return await self.do_start_info(node)
 
     def _is_ready(self) -> bool:
         controller = self._controller
         if controller.adopting or controller.leaving:
             return False
-        peers = controller.proxies.peers()
-        follow = [peer is not None and controller.publisher.follows(peer) for peer in peers]
-        return len(peers) >= controller.proxies.wanted and all(follow)
+        up = controller.proxies.up()
+        follow = all(controller.publisher.follows(peer) for peer in up.values())
+        return follow and len(up) == len(controller.proxies.wanted()) and not controller.proxies.has_lost_home
 
     async def do_status(self, call: str, params: Any) -> Any:
         await self._controller.until(lambda: not self._controller.adopting)
-        return status(self._controller, self._is_ready(), self._http)
+        return status(self._controller, self._is_ready())
 
     async def do_shutdown(self, call: str, params: Any) -> Any:
         """Proxies finish, replicas finish, then the controller ends and with it everything."""
         controller = self._controller
+        await controller.until(lambda: controller.looked)
         controller.leaving = True
-        controller.proxies.wanted = 0
+        controller.proxies.want_none()
         for goal in controller.deployments.candidates():
             controller.deployments.cancel(goal.tag, "the instance shuts down")
         controller.engine.stop_accepting()
@@ -153,6 +160,8 @@ class Calls:
 
 #: Calls that a controller answers whatever has become of it.
 _ALWAYS = frozenset({"start_info", "status", "shutdown"})
+#: Calls whose answer depends on the asker's node, and on nothing else.
+_OF_A_NODE = frozenset({"start_info", "wait_ready"})
 
 
 def _respond(peer: PeerLike, request: messages.Request, task: asyncio.Task[Any]) -> None:

@@ -7,7 +7,7 @@ something is looked at after each tick.
 
 The goals change in one place, `commit`: stored first, then in force. After a restart the same
 steps run from what was stored and what is seen; there is no recovery. What users call is calls.py,
-who is connected peers.py, how an action is performed actions.py.
+who is connected peers.py, how an action is performed actions.py, how it all begins takeover.py.
 """
 
 from __future__ import annotations
@@ -19,28 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from headgate import eventloop, logs
+from headgate import logs
 from headgate.controller.actions import Actions
-from headgate.controller.calls import Calls
 from headgate.controller.deployments import Deployments
 from headgate.controller.fleet import Fleet, Setback
-from headgate.controller.peers import Peers
 from headgate.controller.proxies import Proxies
 from headgate.controller.publisher import PeerLike, Publisher
 from headgate.controller.store import Store, StoreError
+from headgate.controller.takeover import Takeover
 from headgate.core import goals as change
 from headgate.core import lifecycle, reconcile
 from headgate.core.reconcile import Seen, Start, Stop
 from headgate.core.state import BackendGoal, Goals
-from headgate.engine import directory
-from headgate.engine.interface import Engine, Event, Exited
-from headgate.engine.local import LocalEngine
+from headgate.engine.interface import Appeared, Engine, Event, Exited, NodesChanged, Process, Reported
 from headgate.errors import HeadgateError, ProtocolError
 from headgate.wire import messages
-from headgate.wire.control import Hub
 
 if TYPE_CHECKING:
-    from headgate.engine.boot import ChildBoot
+    pass
 
 log = logs.get("controller")
 
@@ -55,31 +51,42 @@ class Controller:
     """The one writer of an instance's goals.
 
     incarnation   1, and one more with each restart
-    proxies       how many HTTP proxies there are to be
+    location      on which nodes there are to be HTTP proxies, a DeploymentMode; None: on none
     """
 
-    def __init__(self, engine: Engine, store: Store, *, incarnation: int = 1, proxies: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, store: Store, *, incarnation: int = 1, location: str | None = None
+    ) -> None:
         self.engine = engine
         self.store = store
         self.incarnation = incarnation
         self.goals = Goals()
         self.fleet = Fleet()
         self.deployments = Deployments()
-        self.proxies = Proxies(engine, proxies)
+        self.proxies = Proxies(engine, location)
         self.publisher = Publisher(incarnation << 32, on_silent=self._proxy_silent, on_change=self.poke)
         self.lost: StoreError | None = None
         self.leaving = False
         self._actions = Actions(engine, store, self.fleet)
-        self.adopting = True
-        self._looked = False  # what runs is known
-        self._unsaid: set[str] = set()  # found running, and has not said how it is
+        self._takeover = Takeover()
         self._routers_unknown = incarnation > 1
-        self._early: list[Event] = []  # of processes whose start has not been answered yet
+        self._early: list[Event] = []  # of processes that are not known yet, but soon will be
         self._births = 0
         self._ticking = False
+        self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def looked(self) -> bool:
+        """Whether it is known what runs."""
+        return self._takeover.looked
+
+    @property
+    def adopting(self) -> bool:
+        """Whether what was found running is still waited for; nothing is changed before it has spoken."""
+        return not self._takeover.over
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -88,24 +95,34 @@ class Controller:
     # --- the start ---
 
     async def open(self) -> None:
-        """Load the goals and take over what runs; the first tick follows when all of it has reported."""
+        """Load the goals and take over what runs; goals are pursued when all of it has reported.
+
+        Processes may connect, report and call meanwhile: what they say counts once it is known what runs.
+        """
         await self.engine.open(self.on_event)
         self._load(is_empty=not any(process.kind == "replica" for process in self.engine.observe()))
         for process in self.engine.observe():
-            self._unsaid.add(process.id)
-            if process.kind == "proxy":
-                self.proxies.adopt(process.id, process.pid)
-            else:
-                self.fleet.adopt(
-                    process.id, process.backend, process.version, process.pid, process.node, self.loop.time()
-                )
-        self._looked = True
+            self._adopt(process)
+        self._takeover.looked = True
+        self._hear_early()
         if self._routers_unknown:
             self.loop.call_later(UNKNOWN_ROUTERS_S, self._routers_known)
-        if self._unsaid:
-            self.loop.call_later(ADOPT_S, self._adopted)
-        else:
+        if self._takeover.is_complete:
             self._adopted()
+        else:
+            self.loop.call_later(ADOPT_S, self._adopted)
+        self.poke()
+
+    def _adopt(self, process: Process) -> None:
+        """A process ran before this controller did."""
+        if self.adopting:
+            self._takeover.found(process.id)
+        if process.kind == "proxy":
+            self.proxies.adopt(process.id, process.pid, process.node)
+        else:
+            self.fleet.adopt(
+                process.id, process.backend, process.version, process.pid, process.node, self.loop.time()
+            )
 
     def _load(self, *, is_empty: bool) -> None:
         try:
@@ -118,18 +135,25 @@ class Controller:
 
     def said_hello(self, id: str) -> None:
         """A process that may have been found running has connected."""
-        self._unsaid.discard(id)
-        if self._looked and not self._unsaid:
+        self._takeover.said(id)
+        if self._takeover.is_complete:
             self._adopted()
 
     def _adopted(self) -> None:
         if self.adopting:
-            self.adopting = False
+            self._takeover.end()
             self.poke()
 
     def _routers_known(self) -> None:
         self._routers_unknown = False
         self.poke()
+
+    def close(self) -> None:
+        """Do nothing any more; whoever waits for something is left to wait."""
+        self.publisher.close()
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
 
     def abandon_goals(self) -> None:
         """Want nothing any more; what was stored goes with the run directory."""
@@ -196,20 +220,25 @@ class Controller:
     def tick(self) -> None:
         """Bring what runs one step closer to the goals."""
         self._ticking = False
-        now = self.loop.time()
-        for _ in range(self.proxies.take_missing(now)):
-            self.spawn(self._start_proxy())
-        if not self.adopting and self.lost is None:
-            self._publish()
-            self.deployments.settle(list(self.fleet.seen.values()))
-            self._act(now)
-        self._look_again(now)
+        if self._closed:
+            return
+        if self.looked:
+            self._step(self.loop.time())
         waiting, self._waiting = self._waiting, []
         for holds, waiter in waiting:
             if not holds():
                 self._waiting.append((holds, waiter))
             elif not waiter.done():
                 waiter.set_result(None)
+
+    def _step(self, now: float) -> None:
+        for node in self.proxies.take_missing(now):
+            self.spawn(self._start_proxy(node))
+        if not self.adopting and self.lost is None:
+            self._publish()
+            self.deployments.settle(list(self.fleet.seen.values()))
+            self._act(now)
+        self._look_again(now)
 
     def observed(self) -> list[Seen]:
         """The replicas, each with whether a router may still send to it."""
@@ -264,13 +293,11 @@ class Controller:
             self._set_back(self.fleet.ended(name, str(error), self.loop.time()))
         finally:
             self._births -= 1
-            early, self._early = self._early, []
-            for event in early:
-                self.on_event(event)
+            self._hear_early()
             self.poke()
 
-    async def _start_proxy(self) -> None:
-        await self.proxies.start()
+    async def _start_proxy(self, node: str) -> None:
+        await self.proxies.start(node)
         self.poke()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -283,25 +310,46 @@ class Controller:
     # --- events ---
 
     def on_event(self, event: Event) -> None:
-        """A process of the engine reported or ended."""
-        now = self.loop.time()
-        if isinstance(event, Exited):
-            self.said_hello(event.id)
-        if isinstance(event, Exited) and self.proxies.ended(event.id, event.cause, now):
-            pass
-        elif event.id not in self.fleet.seen:
-            if self._births:
-                self._early.append(event)
+        """A process of the engine reported, appeared or ended, or a node came or left."""
+        if not self.looked:
+            self._early.append(event)
             return
-        elif isinstance(event, Exited):
-            expected = self.fleet.seen[event.id].phase == lifecycle.STOPPING
-            self._set_back(self.fleet.ended(event.id, event.cause, now))
-            log.log(logging.DEBUG if expected else logging.WARNING, "replica %s is gone: %s", event.id, event.cause)
-        elif isinstance(event.message, messages.Health):
-            self.fleet.checked(event.id, event.message.error, now, hangs=event.message.hangs)
-        else:
-            self._on_report(event.id, event.message, now)
+        match event:
+            case NodesChanged():
+                log.info("the nodes are now: %s", ", ".join(self.engine.nodes()) or "none")
+            case Appeared(process):
+                self._adopt(process)
+            case Exited():
+                self._on_exit(event)
+            case Reported(id) if id not in self.fleet.seen:
+                self._keep(event)
+            case Reported(id, messages.Health(error, hangs)):
+                self.fleet.checked(id, error, self.loop.time(), hangs=hangs)
+            case Reported(id, messages.Report() as report):
+                self._on_report(id, report, self.loop.time())
         self.poke()
+
+    def _on_exit(self, event: Exited) -> None:
+        now = self.loop.time()
+        self.said_hello(event.id)
+        if self.proxies.ended(event.id, event.cause, now):
+            return
+        if event.id not in self.fleet.seen:
+            self._keep(event)
+            return
+        expected = self.fleet.seen[event.id].phase == lifecycle.STOPPING
+        self._set_back(self.fleet.ended(event.id, event.cause, now))
+        log.log(logging.DEBUG if expected else logging.WARNING, "replica %s is gone: %s", event.id, event.cause)
+
+    def _keep(self, event: Reported | Exited) -> None:
+        """An event of a process that is not known: it may be one whose start has not been answered yet."""
+        if self._births:
+            self._early.append(event)
+
+    def _hear_early(self) -> None:
+        early, self._early = self._early, []
+        for event in early:
+            self.on_event(event)
 
     def _on_report(self, id: str, report: messages.Report, now: float) -> None:
         before = self.fleet.seen[id].phase
@@ -348,32 +396,3 @@ class Controller:
 def _log_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.error("a task of the controller failed", exc_info=task.exception())
-
-
-# --- the process ---
-
-
-def main(child: ChildBoot) -> int:
-    """Run the controller until the instance is shut down: 0, which ends it."""
-    logs.configure()
-    eventloop.run(_serve(child))
-    return 0
-
-
-async def _serve(child: ChildBoot) -> None:
-    assert child.ask is not None
-    assert child.control_listener is not None
-    boot = child.boot
-    hub = Hub(child.control_listener, boot.token, lambda peer, message: None, lambda peer: None)
-    engine = LocalEngine(child.ask, hub)
-    wanted = 1 if boot.http_fd >= 0 else 0
-    controller = Controller(engine, Store(boot.directory), incarnation=child.incarnation, proxies=wanted)
-    calls = Calls(controller, directory.read_address(boot.directory))
-    peers = Peers(controller, calls)
-    hub.on_message, hub.on_gone = peers.on_message, peers.on_gone
-    await controller.open()
-    hub.open()
-    peers.beat()
-    await calls.over
-    hub.close()
-    await asyncio.sleep(0)  # the last answers are written

@@ -24,8 +24,11 @@ UNHEALTHY = 3
 #: The version of replicas that are to be replaced: nobody wants it, so they drain.
 UNWANTED = -1
 
+#: So many replicas that the engine has not named yet are remembered by what they said of themselves.
+EARLY = 1000
 #: How much of an error's last line is shown where it is one among others.
 LINE_CHARS = 200
+LOCAL = "local"
 _START_ERROR = BackendStartError.__name__
 
 #: What must have happened to a replica that reports this phase.
@@ -100,6 +103,7 @@ class Fleet:
         self._notes: dict[str, _Notes] = {}
         self._asked = 0
         self._unborn: set[str] = set()  # asked for, without an id
+        self._met: dict[str, tuple[int, str]] = {}  # connected, and not known yet: pid and node
 
     # --- births ---
 
@@ -121,6 +125,7 @@ class Fleet:
             return False
         self.seen[id] = replace(one, id=id, pid=pid, node=node)
         self._notes[id] = notes
+        self._recall(id)
         return True
 
     def adopt(self, id: str, tag: str, version: int, pid: int, node: str, now: float) -> None:
@@ -128,6 +133,21 @@ class Fleet:
         if id not in self.seen:
             self._add(id, tag, version, now, 0)
             self.seen[id] = replace(self.seen[id], pid=pid, node=node)
+            self._recall(id)
+
+    def met(self, id: str, pid: int, node: str) -> None:
+        """A replica has connected: where it is, it knows itself. It may be one that is not known yet."""
+        one = self.seen.get(id)
+        if one is not None:
+            self.seen[id] = replace(one, pid=pid or one.pid, node=_node(one, node))
+            return
+        self._met[id] = pid, node
+        if len(self._met) > EARLY:
+            del self._met[next(iter(self._met))]
+
+    def _recall(self, id: str) -> None:
+        if id in self._met:
+            self.met(id, *self._met.pop(id))
 
     def _add(self, id: str, tag: str, version: int, now: float, config_version: int) -> None:
         self.seen[id] = Seen(id, tag, version, lifecycle.STARTING, now, config_version=config_version)
@@ -146,7 +166,12 @@ class Fleet:
         for event in _LIVES[report.phase]:
             one = reconcile.heard(one, event, now)
         self._notes[id].facts = report.facts
-        one = replace(one, address=report.address or one.address)
+        one = replace(
+            one,
+            address=report.address or one.address,
+            remote=report.remote or one.remote,
+            node=_node(one, report.node),
+        )
         self.seen[id] = _configured(one, report, first=before.phase == lifecycle.STARTING)
         if report.phase == "failed":
             error = report.error or "it gave no reason"
@@ -158,6 +183,7 @@ class Fleet:
 
     def ended(self, id: str, cause: str, now: float) -> Setback | None:
         """The process of a replica is gone, or could not be made."""
+        self._met.pop(id, None)
         one = self.seen.get(id)
         if one is None:
             return None
@@ -272,6 +298,11 @@ class Fleet:
             if one.version == goal.version and one.phase == lifecycle.READY:
                 return self._notes[one.id].facts
         return None
+
+
+def _node(one: Seen, said: str) -> str:
+    """Where a replica is; "local" is also what one says that was not told the name of its node."""
+    return one.node if said == LOCAL else said
 
 
 def _configured(one: Seen, report: messages.Report, *, first: bool) -> Seen:

@@ -1,7 +1,8 @@
 """Who does not answer: every process is asked once a second whether its headgate thread lives.
 
 A proxy that leaves two in a row unanswered is replaced; a replica is killed when it has been silent
-for its backend's health_check_timeout_s, or when its process has been stopped (state T) for 3 s.
+for its backend's health_check_timeout_s, or when its process, if it is one of this node, has been
+stopped (state T) for 3 s. A node's agent only passes on what the controller asks; its silence is logged.
 Being slow is not being dead: the thread that answers is not the one that runs user code. When
 this process itself was held up, nobody is to blame and counting begins anew.
 """
@@ -11,18 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from headgate import logs
 from headgate.controller.publisher import PROXY, REPLICA, PeerLike
 from headgate.wire import messages
 
 PERIOD_S = 1.0
 PROXY_PATIENCE = 2  # pings
 STOPPED_S = 3.0
+AGENT = "agent"
+AGENT_PATIENCE = 10  # pings
+
+log = logs.get("health")
 
 
 class Process(PeerLike, Protocol):
-    """A peer with a process behind it."""
+    """A peer whose process may be on this node: then its pid means something here."""
 
-    pid: int
+    is_local: bool
 
 
 class Heartbeats:
@@ -68,10 +74,13 @@ class Heartbeats:
     def _verdict(self, peer: Process, missed: int) -> str:
         if peer.role == PROXY and missed >= PROXY_PATIENCE:
             return f"did not answer for {missed * PERIOD_S:g} s"
+        if peer.role == AGENT and missed == AGENT_PATIENCE:
+            log.warning("%s has not answered for %g s", peer.id, missed * PERIOD_S)
         if peer.role != REPLICA or not missed:
             self._stopped.pop(peer, None)
             return ""
-        stopped = self._stopped.get(peer, 0) + 1 if self._is_stopped(peer.pid) else 0
+        is_stopped = peer.is_local and self._is_stopped(peer.pid)
+        stopped = self._stopped.get(peer, 0) + 1 if is_stopped else 0
         self._stopped[peer] = stopped
         if stopped * PERIOD_S >= STOPPED_S:
             return f"its process was stopped for {stopped * PERIOD_S:g} s"

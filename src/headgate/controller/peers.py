@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from headgate import logs
 from headgate.controller.calls import Calls
+from headgate.controller.fleet import LOCAL
 from headgate.controller.health import PERIOD_S, Heartbeats, Process
 from headgate.controller.publisher import PROXY, REPLICA
 from headgate.core.state import Settings
@@ -27,8 +28,9 @@ class Peers:
     def __init__(self, controller: Controller, calls: Calls) -> None:
         self._controller = controller
         self._calls = calls
-        self._connected: set[Process] = set()
+        self._connected: dict[Process, str] = {}  # and the node of each
         self._heartbeats = Heartbeats(self._timeout_s)
+        self._timer: asyncio.TimerHandle | None = None
 
     def on_message(self, peer: Process, message: messages.ToController) -> None:
         """A process said something."""
@@ -41,24 +43,26 @@ class Peers:
             case messages.Ack(version):
                 self._controller.publisher.acked(peer, version)
             case messages.Request():
-                self._calls.answer(peer, message)
+                self._calls.answer(peer, self._connected.get(peer, LOCAL), message)
             case _:  # Pong: that it came is all it says
                 pass
 
     def on_gone(self, peer: Process) -> None:
         """The connection of a process has ended."""
-        self._connected.discard(peer)
+        self._connected.pop(peer, None)
         self._heartbeats.gone(peer)
         self._controller.publisher.leave(peer)
+        self._controller.proxies.left(peer)
 
     def _hello(self, peer: Process, hello: messages.Hello) -> None:
         controller = self._controller
-        self._connected.add(peer)
+        self._connected[peer] = hello.node
         if hello.role == PROXY:
             controller.proxies.joined(peer)
             if controller.leaving:
                 peer.tell(messages.Goodbye())
         elif hello.role == REPLICA:
+            controller.fleet.met(hello.id, hello.pid, hello.node)
             controller.publisher.join_replica(peer)
         if hello.follows:
             controller.publisher.join(peer, hello.snapshot_version)
@@ -68,9 +72,14 @@ class Peers:
     def beat(self) -> None:
         """Ask everybody for a sign of life, now and once a second."""
         loop = asyncio.get_running_loop()
-        loop.call_later(PERIOD_S, self.beat)
+        self._timer = loop.call_later(PERIOD_S, self.beat)
         for id, reason in self._heartbeats.round(self._connected, loop.time()):
             self._controller.kill(id, reason)
+
+    def close(self) -> None:
+        """Ask nobody any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _timeout_s(self, id: str) -> float:
         controller = self._controller

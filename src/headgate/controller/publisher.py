@@ -36,6 +36,7 @@ class PeerLike(Protocol):
 
     role: str
     id: str
+    pid: int
 
     def tell(self, message: messages.FromController) -> None: ...
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from headgate.controller.controller import Controller
 
 
-def status(controller: Controller, ready: bool, http: str | None) -> dict[str, Any]:
+def status(controller: Controller, ready: bool) -> dict[str, Any]:
     """Endpoints, backends, replicas and proxies as they are, and what is waited for."""
     return {
         "ready": ready,
@@ -22,10 +22,7 @@ def status(controller: Controller, ready: bool, http: str | None) -> dict[str, A
         "endpoints": endpoints(controller.goals),
         "backends": _backends(controller),
         "replicas": _replicas(controller),
-        "proxies": [
-            {"id": one.id, "pid": one.pid, "address": http, "state": "ready" if one.joined else "starting"}
-            for one in controller.proxies.views()
-        ],
+        "proxies": _proxies(controller),
         "waiting": list(_waiting(controller)),
     }
 
@@ -60,7 +57,7 @@ def _backends(controller: Controller) -> list[dict[str, Any]]:
 
 
 def _replicas(controller: Controller) -> list[dict[str, Any]]:
-    fleet = controller.fleet
+    fleet, waits_for = controller.fleet, _waits_for(controller)
     return [
         {
             "id": one.id,
@@ -71,9 +68,28 @@ def _replicas(controller: Controller) -> list[dict[str, Any]]:
             "node": one.node,
             "restarts": fleet.history(one.id)[0],
             "last_error": fleet.history(one.id)[1],
+            "waits_for": waits_for.get(one.id, ""),
         }
         for one in fleet.living()
     ]
+
+
+def _proxies(controller: Controller) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": one.id,
+            "pid": one.pid,
+            "state": "ready" if one.joined else "starting",
+            "address": controller.engine.http_address(one.node),
+            "node": one.node,
+        }
+        for one in controller.proxies.views()
+    ]
+
+
+def _waits_for(controller: Controller) -> dict[str, str]:
+    """What the replicas wait for that have no process yet."""
+    return {process.id: process.waits_for for process in controller.engine.observe() if process.waits_for}
 
 
 def _waiting(controller: Controller) -> tuple[str, ...]:
@@ -87,5 +103,6 @@ def _waiting(controller: Controller) -> tuple[str, ...]:
         controller.fleet.failures,
         now,
         candidates=controller.deployments.candidates(),
+        waits_for=_waits_for(controller),
     )
     return (*proxies, *replicas)

@@ -1,12 +1,13 @@
-"""The goals on disk: one JSON record with its own checksum, the last two kept, and users' code as blobs.
+"""The stored goals: one JSON record with its own checksum, the last two kept, and users' code as blobs.
 
-    <dir>/goals.json      the newest generation: {"sha256": ..., "goals": ...}
-    <dir>/goals.json.1    the one before
-    <dir>/blobs/<sha256>  code and user_config, by content; opened by replicas only
+    goals.json      the newest generation: {"sha256": ..., "goals": ...}
+    goals.json.1    the one before
+    blobs/<sha256>  code and user_config, by content; opened by replicas only
 
-A record is complete or it does not count: written to another file, synced, renamed. A damaged one
-is set aside as `*.corrupt-<time>` and the other generation is used. Where records were and none is
-left that counts, `load` raises: an empty answer would end everything that serves.
+They are on a shelf (shelf.py): files in the run directory, or elsewhere. A record is complete or it
+does not count. A damaged one is set aside as `*.corrupt-<time>` and the other generation is used.
+Where records were and none is left that counts, `load` raises: an empty answer would end everything
+that serves.
 
 What the goals say is core/goals.py; when they are saved, controller/controller.py.
 """
@@ -14,16 +15,17 @@ What the goals say is core/goals.py; when they are saved, controller/controller.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import msgspec
 from msgspec import Struct
 
 from headgate import logs
+from headgate.controller.shelf import Shelf
 from headgate.core.state import Goals
 from headgate.errors import InstanceError
 
@@ -34,7 +36,7 @@ BEFORE = "goals.json.1"
 BLOBS = "blobs"
 
 _CORRUPT = re.compile(r"goals\.json(\.1)?\.corrupt-.*")
-_NEW = ".new"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreError(InstanceError):
@@ -51,21 +53,16 @@ _decode_goals = msgspec.json.Decoder(Goals).decode
 
 
 class Store:
-    """The goals and blobs in one directory.
+    """The goals and blobs on one shelf."""
 
-    write   os.write, or a stand-in for a disk that is full
-    """
-
-    def __init__(self, directory: str, *, write: Callable[[int, bytes], int] = os.write) -> None:
-        self._directory = directory
-        self._blobs = os.path.join(directory, BLOBS)
-        self._write = write
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
 
     # --- goals ---
 
     def is_new(self) -> bool:
-        """Whether nothing was ever stored here."""
-        return not any(name in (NEWEST, BEFORE) or _CORRUPT.fullmatch(name) for name in os.listdir(self._directory))
+        """Whether nothing was ever stored here. Raises StoreError."""
+        return not any(name in (NEWEST, BEFORE) or _CORRUPT.fullmatch(name) for name in self._names())
 
     def begin(self) -> None:
         """Store empty goals, once, when the instance is new; from then on `load` must find a record."""
@@ -74,108 +71,109 @@ class Store:
     def save(self, goals: Goals) -> None:
         """Make `goals` the newest generation; it survives whatever ends this process or machine.
 
-        Raises StoreError, and then the generations are as they were.
+        Raises StoreError, and then the goals are as they were.
         """
         self._save(goals, sync=True)
 
     def load(self) -> Goals:
         """The newest generation that is complete; damaged ones are set aside.
 
-        Raises StoreError if there is none.
+        Raises StoreError if there is none, or if the shelf does not answer: then nothing is set aside.
         """
         for name in (NEWEST, BEFORE):
-            path = os.path.join(self._directory, name)
             try:
-                with open(path, "rb") as file:
-                    return unpack(file.read())
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError) as error:
-                self._set_aside(path, error)
+                record = self.shelf.read(name)
+                if record is not None:
+                    return unpack(record)
+            except OSError as error:
+                raise self._away("the goals", error) from None
+            except ValueError as error:
+                self._set_aside(name, error)
         raise StoreError(
-            f"the goals record in {self._directory} is lost{self._remains()}; what runs goes on serving as "
+            f"the goals record in {self.shelf.where} is lost{self._remains()}; what runs goes on serving as "
             "it is, but nothing can be changed any more: call shutdown() and start again"
         )
 
     def _save(self, goals: Goals, *, sync: bool) -> None:
-        newest = os.path.join(self._directory, NEWEST)
-        before = os.path.join(self._directory, BEFORE)
         try:
-            self._write_file(newest + _NEW, pack(goals), sync)
-            if os.path.exists(newest):
-                _link(newest, before + _NEW)
-                os.replace(before + _NEW, before)
-            os.replace(newest + _NEW, newest)
-            if sync:
-                _sync_directory(self._directory)
+            self.shelf.renew(NEWEST, BEFORE, pack(goals), sync)
         except OSError as error:
-            self._forget(newest + _NEW, before + _NEW)
-            raise self._full("the goals", error) from None
+            raise self._refused("the goals", error) from None
 
-    def _set_aside(self, path: str, error: Exception) -> None:
-        aside = f"{path}.corrupt-{time.time_ns()}"
-        log.error("the goals record %s is damaged (%s); set aside as %s", path, error, aside)
+    def _set_aside(self, name: str, error: Exception) -> None:
+        aside = f"{name}.corrupt-{time.time_ns()}"
+        path = self.shelf.path(name)
+        log.error("the goals record %s is damaged (%s); set aside as %s", path, error, self.shelf.path(aside))
         with contextlib.suppress(OSError):  # an unreadable disk: it stays where it is
-            os.replace(path, aside)
+            self.shelf.rename(name, aside)
 
     def _remains(self) -> str:
-        with contextlib.suppress(OSError):
-            found = sorted(name for name in os.listdir(self._directory) if _CORRUPT.fullmatch(name))
+        with contextlib.suppress(StoreError):
+            found = sorted(name for name in self._names() if _CORRUPT.fullmatch(name))
             return f" (damaged: {', '.join(found)})" if found else ""
         return ""
+
+    def _names(self) -> list[str]:
+        try:
+            return self.shelf.names()
+        except OSError as error:
+            raise self._away("the goals", error) from None
 
     # --- blobs ---
 
     def put(self, data: bytes) -> str:
-        """Keep `data`: the name under which `path` finds it. Raises StoreError."""
+        """Keep `data`: the name under which `get` and `path` find it. Raises StoreError."""
         name = hashlib.sha256(data).hexdigest()
-        path = self.path(name)
-        if os.path.exists(path):
-            return name
         try:
-            os.makedirs(self._blobs, 0o700, exist_ok=True)
-            self._write_file(path + _NEW, data, sync=True)
-            os.replace(path + _NEW, path)
+            if not self.shelf.has(_blob(name)):
+                self.shelf.write(_blob(name), data)
         except OSError as error:
-            self._forget(path + _NEW)
-            raise self._full("code or user_config", error) from None
+            raise self._refused("code or user_config", error) from None
         return name
 
+    def get(self, name: str) -> bytes:
+        """The content of a blob. Raises StoreError."""
+        try:
+            found = self.shelf.read(_blob(name))
+        except (OSError, ValueError) as error:
+            raise self._away("code or user_config", error) from None
+        if found is None:
+            raise StoreError(f"code or user_config is lost: there is no {_blob(name)} in {self.shelf.where}")
+        return found
+
     def path(self, name: str) -> str:
-        """The file of a blob."""
-        return os.path.join(self._blobs, name)
+        """What a replica finds a blob by: a file, or "<scheme>:<name>" where the shelf has no files."""
+        return self.shelf.path(_blob(name))
 
     def collect(self, used: Iterable[str]) -> None:
         """Remove the blobs that are not `used`."""
-        keep = set(used)
+        keep = {_blob(name) for name in used}
         with contextlib.suppress(OSError):  # it will be tried again
-            for name in os.listdir(self._blobs):
-                if name not in keep:
-                    os.unlink(self.path(name))
+            for name in self.shelf.names():
+                if name.startswith(_blob("")) and name not in keep:
+                    self.shelf.remove(name)
 
-    # --- files ---
+    # --- errors ---
 
-    def _write_file(self, path: str, data: bytes, sync: bool) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._write(fd, rest) :]  # type: ignore[arg-type]
-            if sync:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def _forget(self, *paths: str) -> None:
-        for path in paths:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-    def _full(self, what: str, error: OSError) -> StoreError:
+    def _refused(self, what: str, error: OSError) -> StoreError:
+        remedy = "make room there" if error.errno in _FULL else "mend that"
         return StoreError(
-            f"cannot store {what} in {self._directory}: {error.strerror or error}; nothing was changed and "
-            "everything serves on; make room there, then repeat the call"
+            f"cannot store {what} in {self.shelf.where}: {_reason(error)}; nothing was changed and everything "
+            f"serves on; {remedy}, then repeat the call"
         )
+
+    def _away(self, what: str, error: Exception) -> StoreError:
+        return StoreError(
+            f"cannot read {what} in {self.shelf.where}: {_reason(error)}; nothing was changed and what runs serves on"
+        )
+
+
+def _blob(name: str) -> str:
+    return f"{BLOBS}/{name}"
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def pack(goals: Goals) -> bytes:
@@ -193,17 +191,3 @@ def unpack(record: bytes) -> Goals:
 
 def _compose(goals: bytes) -> bytes:
     return b'{"sha256":"%b","goals":%b}' % (hashlib.sha256(goals).hexdigest().encode(), goals)
-
-
-def _link(path: str, name: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(name)
-    os.link(path, name)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,13 +13,15 @@ routers, a router knows its own only: it sends while its own count allows, and t
 While a router is owed grants by a replica, or has some, it sends there with a grant only. So under
 contention a request travels once, and each router gets its turn.
 
+Of replicas that are equally busy, one that is near goes first: it is on the router's node.
+
 router.py calls `assign` after `release`, `refuse`, `room`, `resume`, `configure`, and if nothing
 waits then, hands back `spare_grants`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from operator import attrgetter
 from typing import TypeVar
 
@@ -29,6 +31,7 @@ __all__ = ["ReplicaSet", "Waiter", "Waiting", "assign"]
 
 _CLOSED = 1 << 40  # added to the load of a replica that gets nothing without a grant
 _COUNT = _CLOSED - 1
+_FAR = 1 << 40  # added to the turn of a replica that comes after those that are near
 _FEW = 4  # replicas; beyond, looking at two of them is as good as looking at all
 
 
@@ -39,13 +42,14 @@ _by_load = attrgetter("load")
 class _Replica:
     """One replica as this router counts it."""
 
-    __slots__ = ("asked", "grants", "load", "name", "plain", "suspended", "turn")
+    __slots__ = ("asked", "far", "grants", "load", "name", "plain", "suspended", "turn")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.plain = (name, 0)  # what reserve() returns when nothing is wanted
         self.load = 0  # requests in flight, plus _CLOSED
-        self.turn = 0  # when it was chosen last
+        self.turn = 0  # when it was chosen last, plus `far`
+        self.far = 0  # or _FAR
         self.asked = 0  # grants that the replica owes us
         self.grants = 0  # grants to be used or handed back; none while suspended
         self.suspended = False
@@ -62,10 +66,11 @@ class ReplicaSet:
     >>> replicas.reserve()
     ('iris#0002', 0)
 
-    chance   a random number in [0, 1); asked for where there are more than four replicas
+    chance   a random number in [0, 1); asked for where there are more than four replicas, and again
+             where some of them are near
     """
 
-    __slots__ = ("_chance", "_granted", "_known", "_leaving", "_limit", "_only", "_replicas", "_turn")
+    __slots__ = ("_chance", "_granted", "_known", "_leaving", "_limit", "_near", "_only", "_replicas", "_turn")
 
     def __init__(self, chance: Callable[[], float]) -> None:
         self._chance = chance
@@ -73,12 +78,13 @@ class ReplicaSet:
         self._known: dict[str, _Replica] = {}
         self._leaving: dict[str, _Replica] = {}  # removed, with requests in flight or grants owed
         self._replicas: tuple[_Replica, ...] = ()
+        self._near: tuple[_Replica, ...] = ()  # none if all are
         self._only: _Replica | None = None  # the fast path of one replica
         self._granted: dict[str, _Replica] = {}  # those with grants
         self._turn = 0
 
-    def configure(self, names: Iterable[str], limit: int) -> None:
-        """Follow these replicas, each of which holds at most `limit` requests.
+    def configure(self, names: Iterable[str], limit: int, near: Collection[str] = ()) -> None:
+        """Follow these replicas, each of which holds at most `limit` requests; some may be `near`.
 
         Known ones keep their counts; `suspend` a new one until it has a link. One that is left
         out gets nothing more, and is remembered while it has requests in flight or owes grants.
@@ -92,6 +98,7 @@ class ReplicaSet:
         self._replicas = tuple(self._known.values())
         self._only = self._replicas[0] if len(self._replicas) == 1 else None
         self._limit = limit
+        self._prefer(near)
 
     def reserve(self, behind: int = 0) -> tuple[str, int] | None:
         """Take a slot for one request: (replica, want), or None if there is none.
@@ -101,8 +108,12 @@ class ReplicaSet:
         """
         if self._granted:
             return self._use_grant(behind)
-        replica = self._only or self._least_busy()
-        if replica is None or replica.load >= self._limit:
+        replica = self._only
+        if replica is None:
+            replica = self._least_busy()
+            if replica is None:
+                return None
+        elif replica.load >= self._limit:
             return None
         replica.load += 1
         return replica.plain
@@ -179,24 +190,37 @@ class ReplicaSet:
     def _find(self, name: str) -> _Replica:
         return self._known.get(name) or self._leaving[name]
 
+    def _prefer(self, names: Collection[str]) -> None:
+        """Of equally busy replicas, one of `names` goes first. All or none: as if they were not given."""
+        near = tuple(replica for replica in self._replicas if replica.name in names)
+        self._near = near if len(near) < len(self._replicas) else ()
+        for replica in self._replicas:
+            replica.far = _FAR if self._near and replica not in near else 0
+            replica.turn = replica.turn % _FAR + replica.far
+
     def _least_busy(self) -> _Replica | None:
-        """The replica with the fewest of our requests; of equals, the one not chosen for longest."""
+        """The replica with the fewest of our requests; of equals, a near one; the one not chosen for longest."""
         among: tuple[_Replica, ...] = self._replicas
+        least = self._limit
         if (size := len(among)) > _FEW:  # "power of two choices": Mitzenmacher 1996
             first, second = divmod(int(self._chance() * size * (size - 1)), size - 1)
             pair = among[first], among[second + (second >= first)]
-            if pair[0].load < self._limit or pair[1].load < self._limit:
-                among = pair
+            if pair[0].load < least or pair[1].load < least:
+                among = pair + self._near_pair() if self._near else pair
         best: _Replica | None = None
-        least = self._limit
         for replica in among:
             load = replica.load
             if load < least or (best is not None and load == least and replica.turn < best.turn):
                 best, least = replica, load
         if best is not None:
-            self._turn += 1
-            best.turn = self._turn
+            self._turn = turn = self._turn + 1
+            best.turn = turn + best.far if self._near else turn
         return best
+
+    def _near_pair(self) -> tuple[_Replica, _Replica]:
+        """Two neighbours; one twice where only one is near."""
+        at = int(self._chance() * len(self._near))
+        return self._near[at - 1], self._near[at]
 
     def _use_grant(self, behind: int) -> tuple[str, int]:
         replica = min(self._granted.values(), key=_by_load)

@@ -237,7 +237,8 @@ def _view(
     goal: BackendGoal, observed: Sequence[reconcile.Seen], failures: reconcile.Failures | None
 ) -> BackendView:
     replicas = tuple(
-        ReplicaAddress(one.id, one.address, one.pid, one.node) for one in reconcile.serving(goal, observed)
+        ReplicaAddress(one.id, one.address, one.pid, one.node, one.remote)
+        for one in reconcile.serving(goal, observed)
     )
     trouble = ""
     if not replicas:

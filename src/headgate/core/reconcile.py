@@ -47,6 +47,8 @@ class Seen(Struct, frozen=True):
     address: str = ""
     pid: int = 0
     node: str = "local"
+    #: Where routers of other nodes reach it.
+    remote: str = ""
     #: The user_config in force in it, UNKNOWN_CONFIG after one that raised.
     config_version: int = 0
     #: Whether it was told to reconfigure and has not answered yet.
@@ -208,8 +210,12 @@ def unmet(
     now: float,
     *,
     candidates: Sequence[BackendGoal] = (),
+    waits_for: Mapping[str, str] = {},
 ) -> tuple[str, ...]:
-    """What is waited for and why, a sentence each; nothing when all is as wanted."""
+    """What is waited for and why, a sentence each; nothing when all is as wanted.
+
+    waits_for   what replicas without a process wait for, by id: "for 2 CPUs", or why they have to
+    """
     wanted = all_wanted(goals, candidates)
     waits: list[str] = []
     keep: set[str] = set()
@@ -217,7 +223,7 @@ def unmet(
         alive = _kept(goal, seen)
         keep.update(one.id for one in alive)
         if not reached(goal, seen):
-            waits.append(_shortfall(goal, alive, failures.get(version), now))
+            waits.append(_shortfall(goal, alive, failures.get(version), now, waits_for))
     patience = _patience(wanted.values())
     waits.extend(_farewell(one, patience, now) for one in sorted(seen, key=_age) if one.id not in keep)
     return tuple(waits)
@@ -276,7 +282,13 @@ def _why_stop(one: Seen, patience: Mapping[str, float], now: float) -> str:
 # ---------------------------------------------------------------- sentences for people
 
 
-def _shortfall(goal: BackendGoal, alive: Sequence[Seen], failures: Failures | None, now: float) -> str:
+def _shortfall(
+    goal: BackendGoal,
+    alive: Sequence[Seen],
+    failures: Failures | None,
+    now: float,
+    waits_for: Mapping[str, str],
+) -> str:
     ready = [one for one in alive if one.phase == lifecycle.READY]
     configured = sum(_is_configured(goal, one) for one in ready)
     text = (
@@ -284,7 +296,7 @@ def _shortfall(goal: BackendGoal, alive: Sequence[Seen], failures: Failures | No
         f"{len(ready)} of {goal.settings.num_replicas} replicas are ready"
     )
     if starting := len(alive) - len(ready):
-        text += f", {starting} starting"
+        text += f", {starting} starting{_lacking(alive, waits_for)}"
     if configured < len(ready):
         text += f", {len(ready) - configured} without the newest user_config yet"
     if failures is None:
@@ -292,6 +304,20 @@ def _shortfall(goal: BackendGoal, alive: Sequence[Seen], failures: Failures | No
     wait_s = _next_try(failures) - now
     when = f"; next try in {wait_s:.1f} s" if wait_s > 0 and len(alive) < goal.settings.num_replicas else ""
     return f"{text}; failures in a row: {failures.count}, the last: {failures.error}{when}"
+
+
+def _lacking(alive: Sequence[Seen], waits_for: Mapping[str, str]) -> str:
+    """What the starting ones wait for, and how many wait for the same."""
+    waiting: dict[str, list[str]] = {}
+    for one in alive:
+        if one.phase == lifecycle.STARTING and (why := waits_for.get(one.id)):
+            waiting.setdefault(why, []).append(one.id)
+    return f" ({'; '.join(_wait(ids, why) for why, ids in waiting.items())})" if waiting else ""
+
+
+def _wait(ids: Sequence[str], why: str) -> str:
+    who = f"replica {ids[0]} waits" if len(ids) == 1 else f"replica {ids[0]} and {len(ids) - 1} more wait"
+    return f"{who} {why}" if why.startswith("for ") else f"{who}: {why}"
 
 
 def _farewell(one: Seen, patience: Mapping[str, float], now: float) -> str:

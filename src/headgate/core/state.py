@@ -12,6 +12,8 @@ Two views of one world:
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct
 
 
@@ -59,7 +61,8 @@ class BackendGoal(Struct, frozen=True):
     `code` and `user_config` name blobs by content hash; `given` holds the config fields that the
     user set, as a mapping that `config.resolve` turned into `settings`. `version` counts
     the code, `config_version` the user_config; `call` is the id of the control call that made the
-    newest change, so that a repeat of the same call is recognised.
+    newest change, so that a repeat of the same call is recognised. `resources` are the user's
+    ray_actor_options.
     """
 
     tag: str
@@ -71,7 +74,7 @@ class BackendGoal(Struct, frozen=True):
     user_config: str | None = None
     config_version: int = 0
     env: tuple[tuple[str, str], ...] = ()
-    num_gpus: float = 0.0
+    resources: dict[str, Any] = {}
     call: str = ""
 
 
@@ -90,12 +93,17 @@ class Goals(Struct, frozen=True):
 
 
 class ReplicaAddress(Struct, frozen=True):
-    """Where a router reaches a replica. `id` is never reused: "iris#0007"."""
+    """Where a router reaches a replica. `id` is never reused: "iris#0007".
+
+    address   of a unix socket, for routers of the same node
+    remote    "tcp://10.0.0.7:4711", for those of other nodes; "" where there are none
+    """
 
     id: str
     address: str
     pid: int
     node: str = "local"
+    remote: str = ""
 
 
 class BackendView(Struct, frozen=True):

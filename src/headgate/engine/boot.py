@@ -28,9 +28,12 @@ _FDS = ("lock_fd", "control_fd", "http_fd", "ready_fd")
 class Boot(Struct, frozen=True):
     """What the driver tells the supervisor; fds are numbers that are valid in the supervisor.
 
-    control_fd, http_fd   listening sockets; http_fd is -1 without an HTTP server
+    control_fd, http_fd   listening sockets; -1 without one: no HTTP server, no controller on this node
     ready_fd              -1, or a pipe's end for the controller to write on; the supervisor only
                           holds it open, so that its other end reads empty when the instance is over
+    watch_pid             on a node of a cluster: everything ends with this process; 0: with the driver, which is
+                          the supervisor's parent, or with nobody if detached
+    node                  "local", or the id of the node
     http                  fields of HTTPOptions without the middlewares, which cloudpickle packed
     """
 
@@ -46,6 +49,8 @@ class Boot(Struct, frozen=True):
     ready_fd: int = -1
     http: dict[str, Any] = {}
     middlewares: bytes = b""
+    node: str = "local"
+    watch_pid: int = 0
 
     def fds(self) -> list[int]:
         """The file descriptors that go along with the record."""
@@ -60,8 +65,8 @@ class Boot(Struct, frozen=True):
 class ChildBoot:
     """What the supervisor tells a child: who it is, and the sockets that its role may hold.
 
-    ask                controller: to the supervisor (engine/asks.py)
-    control_listener   controller: where the others dial
+    ask                controller, agent: to the supervisor (engine/asks.py)
+    control_listener   controller: where the others dial; an agent has none
     http_listener      proxy: where clients connect
     incarnation        controller: 1, and one more with each restart
     """

@@ -13,29 +13,11 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from headgate.engine import leash
 from headgate.engine.boot import ChildBoot
-
-
-class Role(NamedTuple):
-    """A kind of child.
-
-    target    "module:function"; called with the ChildBoot, what it returns is the exit status
-    title     the process's name in ps
-    preload   modules that the supervisor imports before the first fork of this kind; in steps of a
-              few milliseconds, because between two of them it answers what it is asked
-    later     modules that the first one imports by itself, while the supervisor has other things to
-              do, and that it finds imported when it is forked again
-    unasked   one is forked right after the first controller, which finds it there
-    """
-
-    target: str
-    title: str
-    preload: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()
-    unasked: bool = False
+from headgate.engine.roles import Role
 
 
 def run(
@@ -74,7 +56,8 @@ def _hand_over(child: ChildBoot, not_mine: set[int], ask: socket.socket | None) 
     not_mine |= {boot.lock_fd, boot.control_fd, boot.ready_fd, boot.http_fd}
     if child.role == "controller":
         child.ask = ask
-        child.control_listener = socket.socket(fileno=boot.control_fd)
+        if boot.control_fd >= 0:  # an agent has none: it dials
+            child.control_listener = socket.socket(fileno=boot.control_fd)
         not_mine -= {boot.control_fd, boot.ready_fd}
     elif child.role == "proxy" and boot.http_fd >= 0:
         child.http_listener = socket.socket(fileno=boot.http_fd)

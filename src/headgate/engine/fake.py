@@ -5,19 +5,21 @@ about the controller holds for them. Its clock is an asyncio loop (a virtual one
 timer) or the `VirtualClock` below; the same seed and the same calls give the same events.
 
 A spec whose `code_path` is "raise: why" fails to start with the error "why"; one whose
-`user_config_path` is such a text fails to reconfigure; "hang" never becomes ready.
+`user_config_path` is such a text fails to reconfigure; "hang" never becomes ready. Replicas go
+where the fewest processes are.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
 
-from headgate.engine.interface import Event, Exited, Process, Reported
+from headgate.engine.interface import Event, Exited, NodesChanged, Process, Reported
+from headgate.errors import InstanceError
 from headgate.wire import messages
 
 
@@ -82,15 +84,27 @@ class _Replica:
 
 
 class FakeEngine:
-    """Processes in memory. `crash` and `freeze` are the faults that a test may add."""
+    """Processes in memory. `crash`, `freeze`, `add_node` and `remove_node` are the faults that a test may add.
 
-    def __init__(self, seed: int, clock: Clock, habits: Habits = Habits()) -> None:  # noqa: B008 - frozen
+    nodes   the machines at first; the instance was started on the first one
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        clock: Clock,
+        habits: Habits = Habits(),  # noqa: B008 - frozen
+        nodes: Sequence[str] = ("local",),
+    ) -> None:
         self._random = random.Random(seed)
         self._clock = clock
         self._habits = habits
         self._living: dict[str, _Replica] = {}
         self._frozen: set[str] = set()
         self._count = 0
+        self._nodes = list(nodes)
+        self._home = nodes[0]
+        self._served: set[str] = set()
         self._on_event: Callable[[Event], None] = lambda event: None
         #: Everything that was told, for tests to look at.
         self.told: list[tuple[str, messages.FromController]] = []
@@ -105,16 +119,22 @@ class FakeEngine:
 
     async def start_replica(self, spec: messages.ReplicaSpec) -> str:
         """A replica that becomes ready, or fails, after a while."""
-        replica = self._add("replica", spec.backend, spec)
+        if not self._nodes:
+            raise InstanceError(f"cannot start {spec.backend}: there is no node")
+        replica = self._add("replica", spec.backend, spec, min(self._nodes, key=self._load))
         if self._random.random() < self._habits.dies_while_starting:
             self._soon(self._habits.start_s, replica, self._end, replica, "killed by SIGSEGV")
         else:
             self._soon(self._habits.start_s, replica, self._started, replica)
         return replica.process.id
 
-    async def start_proxy(self) -> str:
-        """A proxy that does nothing."""
-        return self._add("proxy", "proxy", None).process.id
+    async def start_proxy(self, node: str) -> str:
+        """A proxy that does nothing. Raises InstanceError for a node that is not there."""
+        if node not in self._nodes:
+            raise InstanceError(f"cannot start a proxy on node {node}: it is not in the cluster")
+        self._served.add(node)
+        name = "proxy" if node == "local" else f"proxy@{node[:8]}"
+        return self._add("proxy", name, None, node).process.id
 
     def tell(self, id: str, message: messages.FromController) -> None:
         """The replica acts on it a moment later."""
@@ -142,6 +162,22 @@ class FakeEngine:
         """A fault: the process says nothing more, and does nothing but die."""
         self._frozen.add(id)
 
+    def add_node(self, node: str) -> None:
+        """Another machine may be used from now on."""
+        self._nodes.append(node)
+        self._clock.call_later(0.0, self._tell_nodes)
+
+    def remove_node(self, node: str) -> None:
+        """A fault: a machine is gone, and a moment later what ran there is known to be."""
+        self._nodes.remove(node)
+        self._served.discard(node)
+        self._clock.call_later(0.0, self._tell_nodes)
+        for id in [one.process.id for one in self._living.values() if one.process.node == node]:
+            self.crash(id, "its node left the cluster")
+
+    def _tell_nodes(self) -> None:
+        self._on_event(NodesChanged())
+
     def stop_accepting(self) -> None:
         """Remembered in `accepting`."""
         self.accepting = False
@@ -151,8 +187,17 @@ class FakeEngine:
         return tuple(replica.process for replica in self._living.values())
 
     def nodes(self) -> tuple[str, ...]:
-        """One."""
-        return ("local",)
+        """Those at first, and what came and went since."""
+        return tuple(self._nodes)
+
+    @property
+    def home_node(self) -> str:
+        """The first of those at first."""
+        return self._home
+
+    def http_address(self, node: str) -> str | None:
+        """Made up, once a proxy was started there."""
+        return f"http://{node}:8000" if node in self._served else None
 
     async def close(self) -> None:
         """All are gone at once."""
@@ -161,12 +206,14 @@ class FakeEngine:
 
     # --- what the processes do ----------------------------------------------------------------
 
-    def _add(self, kind: str, name: str, spec: messages.ReplicaSpec | None) -> _Replica:
+    def _load(self, node: str) -> int:
+        return sum(one.process.node == node for one in self._living.values())
+
+    def _add(self, kind: str, name: str, spec: messages.ReplicaSpec | None, node: str) -> _Replica:
         self._count += 1
         backend, version = (spec.backend, spec.version) if spec else ("", 0)
-        process = Process(
-            f"{name}#{self._count:04d}", kind, backend, version, 10_000 + self._count, self._clock.time()
-        )
+        id, pid = f"{name}#{self._count:04d}", 10_000 + self._count
+        process = Process(id, kind, backend, version, pid, self._clock.time(), node)
         self._living[process.id] = replica = _Replica(process, spec)
         return replica
 
@@ -215,6 +262,7 @@ class FakeEngine:
     def _report(self, replica: _Replica, error: str = "") -> None:
         process = replica.process
         address = f"fake/{process.id}" if replica.phase != "starting" else ""
+        remote = f"tcp://{process.node}:{process.pid}" if address and process.node != "local" else ""
         report = messages.Report(
             process.backend,
             process.version,
@@ -222,6 +270,8 @@ class FakeEngine:
             address,
             config_version=replica.config_version,
             error=error,
+            remote=remote,
+            node=process.node,
         )
         self._on_event(Reported(process.id, report))
 

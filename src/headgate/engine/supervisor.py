@@ -3,27 +3,26 @@
 A fresh interpreter with one thread and no event loop, into which headgate is imported and no user
 code ever. Its children are forks of it: they start in milliseconds and share its memory.
 
-It ends, and with it every process of the instance, when its driver ends (unless detached), when
-the controller exits with status 0, on SIGTERM, and when it is killed itself: then the kernel takes
-the children along (engine/leash.py).
+It ends, and with it all its processes, when its driver ends (unless detached) or the process that it
+was told to watch instead, when the controller exits with status 0, on SIGTERM, and when it is killed
+itself: then the kernel takes the children along (engine/leash.py).
+
+On a node of a cluster an agent is in the controller's place (engine/agent.py), under its name here.
 
 One thread is a rule: PR_SET_PDEATHSIG fires when the *thread* that forked ends, and a fork with
-other threads around inherits their locks. What children do is told by dotted name in `ROLES`.
+other threads around inherits their locks. What children do is told by dotted name in roles.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
-import importlib
 import os
 import select
 import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
@@ -31,7 +30,7 @@ import msgspec
 
 from headgate.engine import asks, child, directory, leash
 from headgate.engine.boot import Boot, ChildBoot
-from headgate.engine.child import Role
+from headgate.engine.roles import ROLES, Preloads, Role
 
 #: The restarts of a controller that keeps dying young: at once, at once, then 0.05 s doubling to 5 s.
 _YOUNG_S = 1.0
@@ -42,36 +41,6 @@ _LONGEST_PAUSE_S = 5.0
 _LAST_WAIT_S = 2.0
 #: How long it waits for the children's groups before it looks for adopted processes that left them.
 _GROUPS_WAIT_S = 0.01
-
-ROLES: Mapping[str, Role] = {
-    "controller": Role(
-        "headgate.processes:controller_main",
-        "headgate-ctl",
-        # What all share. Its own modules the first controller imports while the replicas' are preloaded.
-        preload=("headgate.eventloop", "headgate.wire.control"),
-        later=("headgate.engine.local", "headgate.controller.controller"),
-    ),
-    "proxy": Role(
-        "headgate.processes:proxy_main",
-        "headgate-proxy",
-        later=("httptools", "headgate.router", "headgate.proxy.server"),
-        unasked=True,  # it boots beside the controller: 40 ms earlier
-    ),
-    "replica": Role(
-        "headgate.processes:replica_main",
-        "headgate-rep",
-        preload=(
-            "json",
-            "http.client",
-            "anyio.abc",
-            "tempfile",
-            "starlette.requests",
-            "starlette.responses",
-            "cloudpickle",
-            "headgate.replica.process",
-        ),
-    ),
-}
 
 
 class _Running(NamedTuple):
@@ -96,14 +65,13 @@ class Supervisor:
         self._incarnation = 0
         self._young_deaths = 0
         self._controller_due: float | None = 0.0
-        self._ask: socket.socket | None = None
-        self._outbox: deque[bytes] = deque()
-        self._preloads = _in_order(roles, with_proxy=boot.http_fd >= 0)
+        self._ask: asks.Line | None = None
+        self._preloads = Preloads(roles, with_proxy=boot.http_fd >= 0)
         self._over = False
         # read and write ends: signals arriving here; the leash on the children
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._leash, self._leash_writer = os.pipe2(os.O_CLOEXEC)
-        self._driver = -1
+        self._watched = -1
 
     def run(self) -> None:
         """Supervise until the instance is over."""
@@ -117,7 +85,7 @@ class Supervisor:
     # --- the loop -----------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        gc.disable()  # what is imported stays; frozen below, so that a child's collections do not copy it
+        gc.disable()  # until all is imported
         leash.set_title("headgate-super")
         leash.adopt_orphans()
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
@@ -125,31 +93,34 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, _noted)
         self._poll.register(self._wake, select.POLLIN)
-        if not self._boot.detached:
-            self._watch_driver()
+        if self._boot.watch_pid:
+            self._watch(self._boot.watch_pid)
+        elif not self._boot.detached:
+            self._watch(self._boot.driver_pid)
+            if os.getppid() != self._boot.driver_pid:  # the pid may be another process's by now
+                self._over = True
 
-    def _watch_driver(self) -> None:
+    def _watch(self, pid: int) -> None:
         try:
-            self._driver = os.pidfd_open(self._boot.driver_pid)
+            self._watched = os.pidfd_open(pid)
         except ProcessLookupError:
             self._over = True
             return
-        self._poll.register(self._driver, select.POLLIN)
-        self._over = os.getppid() != self._boot.driver_pid  # the pid may be another process's by now
+        self._poll.register(self._watched, select.POLLIN)
 
     def _turn(self) -> None:
         if self._controller_due is not None and time.monotonic() >= self._controller_due:
             self._start_controller()
         events = self._poll.poll(self._timeout_ms())
         for fd, event in events:
-            if fd == self._driver:
+            if fd == self._watched:
                 self._over = True
             elif fd == self._wake:
                 self._take_signals()
             elif self._ask is not None and fd == self._ask.fileno():
                 self._serve(event)
         if not events and self._preloads:
-            self._preload_one()
+            self._preloads.do_one()
 
     def _timeout_ms(self) -> float | None:
         if self._preloads and self._controller_due is None:
@@ -164,34 +135,16 @@ class Supervisor:
             self._over = True
         self._reap()
 
-    # --- imports ------------------------------------------------------------------------------
-
-    def _preload_one(self) -> None:
-        _, module = self._preloads.popleft()
-        try:
-            importlib.import_module(module)
-        except Exception:  # noqa: BLE001 - shown here; the child that needs it fails the same way
-            sys.excepthook(*sys.exc_info())
-        if not self._preloads:
-            gc.collect()
-            gc.freeze()
-            gc.enable()
-
-    def _preload(self, role: str) -> None:
-        while any(wanted == role for wanted, _ in self._preloads):
-            self._preload_one()
-
     # --- children -----------------------------------------------------------------------------
 
     def _start_controller(self) -> None:
-        self._preload("controller")
+        self._preloads.do_for("controller")
         self._controller_due = None
         self._incarnation += 1
         if self._ask is not None:
             self._drop_ask()
-        self._ask, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._ask.setblocking(False)
-        self._outbox.clear()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ask = asks.Line(ours)
         self._poll.register(self._ask, select.POLLIN)
         try:
             self._fork("controller#", "controller", "controller", b"", theirs)
@@ -208,7 +161,7 @@ class Supervisor:
                 self._forked(asks.Fork(0, name, name))
 
     def _fork(self, id: str, role: str, name: str, note: bytes, ask: socket.socket | None = None) -> _Running:
-        self._preload(role)
+        self._preloads.do_for(role)
         gc.freeze()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -224,7 +177,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _become(self, id: str, role: str, name: str, ask: socket.socket | None) -> NoReturn:
-        mine = [self._wake, self._wake_writer, self._leash_writer, self._driver]
+        mine = [self._wake, self._wake_writer, self._leash_writer, self._watched]
         if self._ask is not None:
             mine.append(self._ask.fileno())
         about = ChildBoot(self._boot, id, role, name, self._incarnation)
@@ -266,18 +219,13 @@ class Supervisor:
     def _serve(self, event: int) -> None:
         assert self._ask is not None
         if event & select.POLLOUT:
-            self._flush_outbox()
+            self._listen_for(full=not self._ask.flush())
         if not event & (select.POLLIN | select.POLLHUP | select.POLLERR):
             return
-        try:
-            data = self._ask.recv(asks.MAX_ASK_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+        data = self._ask.receive()
         if data:
             self._answer(asks.decode_ask(data))
-        else:  # its end is closed; that the process is gone comes as a signal
+        elif data is not None:  # its end is closed; that the process is gone comes as a signal
             self._drop_ask()
 
     def _answer(self, ask: asks.Ask) -> None:
@@ -292,7 +240,7 @@ class Supervisor:
                 listed = [running for running in self._children.values() if running.role != "controller"]
                 for running in listed:
                     self._send(asks.Child(*running))
-                self._send(asks.Listed(len(listed)))
+                self._send(asks.Listed(len(listed), ask.n))
             case asks.CloseListener():
                 if self._boot.http_fd >= 0:
                     os.close(self._boot.http_fd)
@@ -310,25 +258,12 @@ class Supervisor:
 
     def _send(self, answer: asks.Answer) -> None:
         if self._ask is not None:
-            self._outbox.append(asks.encode(answer))
-            self._flush_outbox()
+            self._listen_for(full=not self._ask.send(asks.encode(answer)))
 
-    def _flush_outbox(self) -> None:
-        """Send what fits; never waits, for the controller may be stopped."""
+    def _listen_for(self, *, full: bool) -> None:
+        """Asks, and room for answers if there is none; never waits, for the controller may be stopped."""
         assert self._ask is not None
-        while self._outbox:
-            try:
-                self._ask.send(self._outbox[0])
-            except BlockingIOError:
-                self._poll.modify(self._ask, select.POLLIN | select.POLLOUT)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                    raise
-                self._outbox.clear()
-                return
-            self._outbox.popleft()
-        self._poll.modify(self._ask, select.POLLIN)
+        self._poll.modify(self._ask, select.POLLIN | (select.POLLOUT if full else 0))
 
     def _drop_ask(self) -> None:
         if self._ask is not None:
@@ -352,12 +287,6 @@ class Supervisor:
                     leash.kill_children_of(self._pid)
                 time.sleep(0.001)
         directory.remove(self._boot.directory)
-
-
-def _in_order(roles: Mapping[str, Role], *, with_proxy: bool) -> deque[tuple[str, str]]:
-    wanted = [role for role in roles if with_proxy or role != "proxy"]
-    first = [(role, module) for role in wanted for module in roles[role].preload]
-    return deque(first + [("", module) for role in wanted for module in roles[role].later])
 
 
 def _noted(number: int, frame: object) -> None:

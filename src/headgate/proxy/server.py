@@ -33,6 +33,7 @@ from headgate.router import Router
 from headgate.wire import messages
 from headgate.wire.arena import Arena
 from headgate.wire.control import ControlClient
+from headgate.wire.home import home_of_child
 
 if TYPE_CHECKING:
     import socket
@@ -156,7 +157,9 @@ class Proxy:
     def __init__(self, child: ChildBoot) -> None:
         assert child.http_listener is not None
         boot = child.boot
+        home = home_of_child(boot)
         self._id = child.id
+        self._node = home.node
         self._listener: socket.socket = child.http_listener
         self._middlewares = boot.middlewares
         self._loop = asyncio.get_running_loop()
@@ -165,14 +168,19 @@ class Proxy:
         arena = Arena(self._options.max_buffered_bytes)
         lender = Lender(arena)
         router = Router(
-            boot.token, child.id, arena_fd=arena.fd, on_free=lender.on_free, queue_limit=QUEUE_LIMIT
+            home.token,
+            child.id,
+            node=home.node,
+            arena_fd=arena.fd,
+            on_free=lender.on_free,
+            queue_limit=QUEUE_LIMIT,
         )
         self.server = Server(self._options, router, lender)
         self._listening: asyncio.Server | None = None
         self._first = asyncio.Event()
         self._control = ControlClient(
-            os.path.join(boot.directory, "control.sock"),
-            boot.token,
+            home.find,
+            home.token,
             self._hello,
             on_message=self._on_message,
             on_snapshot=self._on_snapshot,
@@ -180,7 +188,9 @@ class Proxy:
         )
 
     def _hello(self, version: int) -> messages.Hello:
-        return messages.Hello("proxy", self._id, os.getpid(), follows=True, snapshot_version=version)
+        return messages.Hello(
+            "proxy", self._id, os.getpid(), follows=True, snapshot_version=version, node=self._node
+        )
 
     async def run(self) -> None:
         """Serve until told to leave, or until the instance is gone."""

@@ -3,7 +3,7 @@
 A segment has two users: the request, until its answer is complete or nobody wants it any more,
 and the replica it was sent to, until that says FREE or its link has ended. It is free when both
 are done. So that this can be known, such a request is a Caller of its own that notes where it
-was sent; its answers go to the connection.
+was sent; its answers go to the connection. A replica of another node gets a copy, and is no user.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from headgate.core import framing
 from headgate.errors import HeadgateError
 from headgate.wire.arena import SMALLEST_BYTES, Arena
-from headgate.wire.replica_link import Caller, ReplicaLink
+from headgate.wire.caller import Caller
 
 if TYPE_CHECKING:
     from headgate.proxy.answer import Answering
     from headgate.wire.link import Source
+    from headgate.wire.replica_link import ReplicaLink
 
 _PLACE = struct.Struct("<QQ")
 
@@ -45,6 +46,9 @@ class Upload(Caller):
         if self.reader is not None:
             self.reader = None
             self._lender.settle(self)
+
+    def inline(self) -> tuple[int, bytes]:
+        return self.flags & ~framing.ARENA, bytes(self.view)
 
     def end(self) -> None:
         """The request is over: answered, failed or given up."""

@@ -7,7 +7,7 @@ in force before it is read.
 
 `load` never runs the constructor: `LoadedCallable.construct` does, on the thread that the worker
 chooses. What user code raises while it starts becomes a BackendStartError with its traceback
-here and nowhere else. Calls are made, batched and timed in replica/worker.py.
+here and nowhere else. What a callable is for is found out in shape.py; calls are made by worker.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import pickle
 import re
 import sys
 import traceback
-import types
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from headgate.config import accept_batch, accepts_batch
+from headgate.config import accept_batch
 from headgate.core.state import Facts
 from headgate.errors import (
     ArgumentError,
@@ -37,10 +36,10 @@ from headgate.errors import (
     HeadgateError,
     SerializationError,
 )
+from headgate.replica import shape
 from headgate.wire.payload import error_text
 
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\.[^\W\d]\w*)*|\.[^\W\d]\w*)").fullmatch
-_HOOKS = ("reconfigure", "check_health")
 #: Files whose frames tell a user nothing.
 _OWN_FRAMES = (os.path.dirname(os.path.dirname(__file__)) + os.sep, importlib.__file__, "<frozen importlib")
 
@@ -89,7 +88,7 @@ def pack(target: object, init_args: tuple[object, ...] = ()) -> tuple[bytes, Fac
         name, path, facts = target, target, None
     else:
         check_code(target, init_args)
-        name, path, facts = _name(target), None, facts_of(target)
+        name, path, facts = shape.name_of(target), None, facts_of(target)
     try:
         cwd = os.getcwd()
     except FileNotFoundError:  # it was deleted
@@ -112,30 +111,30 @@ def check_code(target: object, init_args: tuple[object, ...] = ()) -> None:
             f"backend code must be a function, a class or an import path, got {type(target).__name__}"
         )
     if isinstance(target, type):
-        stored = _own(target, "__call__")
-        if stored is None and not _public_methods(target):
+        stored = shape.own(target, "__call__")
+        if stored is None and not shape.public_methods(target):
             raise ArgumentError(
-                f"backend class {_name(target)!r} has no __call__(self, request) and no other method that a request "
-                "could call; define one"
+                f"backend class {shape.name_of(target)!r} has no __call__(self, request) and no other method that a "
+                "request could call; define one"
             )
         has_self = hasattr(type(stored), "__get__") and not isinstance(stored, staticmethod | classmethod)
-        if stored is not None and _takes_request(target.__call__, extra=int(has_self)) is None:
-            raise ArgumentError(_cannot_be_called(f"{_name(target)}.__call__"))
+        if stored is not None and shape.takes_request(target.__call__, extra=int(has_self)) is None:
+            raise ArgumentError(_cannot_be_called(f"{shape.name_of(target)}.__call__"))
         return
     if init_args:
         raise ConfigError(
-            f"backend code {_name(target)!r} is a function, which takes no init args; got {len(init_args)}"
+            f"backend code {shape.name_of(target)!r} is a function, which takes no init args; got {len(init_args)}"
         )
-    if _takes_request(target) is None:
-        raise ArgumentError(_cannot_be_called(_name(target)))
+    if shape.takes_request(target) is None:
+        raise ArgumentError(_cannot_be_called(shape.name_of(target)))
 
 
 def facts_of(target: Any) -> Facts:
     """What a function or class tells about itself; of a class, `__call__`'s kind counts."""
     if isinstance(target, type):
-        target = _own(target, "__call__")
+        target = shape.own(target, "__call__")
         target = getattr(target, "__func__", target)  # static and class methods
-    return Facts(is_async=_is_async(target), accepts_batch=_accepts_batch(target))
+    return Facts(is_async=shape.is_async(target), accepts_batch=shape.is_batched(target))
 
 
 def _cannot_be_called(name: str) -> str:
@@ -233,7 +232,7 @@ class LoadedCallable:
 
     def hook(self, name: str) -> Method | None:
         """`reconfigure` or `check_health`, or None if the class has none."""
-        return self._describe(name) if name in _HOOKS and self._has(name) else None
+        return self._describe(name) if name in shape.HOOKS and self._has(name) else None
 
     def method(self, name: str | None = None) -> Method:
         """The method that a request asks for, `__call__` by default.
@@ -245,7 +244,7 @@ class LoadedCallable:
         if known is not None:
             return known
         name = name or "__call__"
-        if (name.startswith("_") and name != "__call__") or name in _HOOKS or not self._has(name):
+        if (name.startswith("_") and name != "__call__") or name in shape.HOOKS or not self._has(name):
             raise EndpointNotFound(
                 f"backend code {self.name!r} has no method {name!r} that a request may call; "
                 + ("define it in the class" if self.is_class else "it is a function, leave the method out")
@@ -256,20 +255,20 @@ class LoadedCallable:
     def _has(self, name: str) -> bool:
         if not self.is_class:
             return name == "__call__"
-        found = _own(self._target, name)
+        found = shape.own(self._target, name)
         callables = (staticmethod, classmethod, functools.partialmethod)
         return isinstance(found, callables) or (callable(found) and not isinstance(found, type))
 
     def _describe(self, name: str) -> Method:
         function = getattr(self.instance, name) if self.is_class else self.instance
-        is_async = _is_async(function)
+        is_async = shape.is_async(function)
         returns_coroutine = inspect.iscoroutinefunction(function)
         return Method(
             name=name,
-            function=_awaitable(function) if is_async and not returns_coroutine else function,
+            function=shape.awaitable(function) if is_async and not returns_coroutine else function,
             is_async=is_async,
-            accepts_batch=_accepts_batch(function),
-            takes_request=_takes_request(function) is not False,
+            accepts_batch=shape.is_batched(function),
+            takes_request=shape.takes_request(function) is not False,
         )
 
 
@@ -303,77 +302,3 @@ def _import(path: str) -> Any:
             )
         target = getattr(target, name)
     return target
-
-
-# -- What a callable is -----------------------------------------------------------------------------
-
-
-def _own(kind: type, name: str) -> Any:
-    """The attribute as it stands in the class or a base of it; nothing of the metaclass, nothing bound."""
-    for base in kind.__mro__:
-        if name in base.__dict__:
-            return base.__dict__[name]
-    return None
-
-
-def _public_methods(kind: type) -> list[str]:
-    names = {name for base in kind.__mro__[:-1] for name in base.__dict__ if not name.startswith("_")}
-    return [name for name in names if name not in _HOOKS and callable(getattr(kind, name, None))]
-
-
-def _layers(target: Any) -> list[Any]:
-    """A callable and what it wraps: partials, bound methods, functools.wraps, objects with `__call__`."""
-    layers: list[Any] = []
-    while target is not None and not any(target is layer for layer in layers):
-        layers.append(target)
-        inner = inspect.getattr_static(target, "__wrapped__", None)
-        if isinstance(target, functools.partial | functools.partialmethod):
-            inner = target.func
-        elif isinstance(target, staticmethod | classmethod | types.MethodType):
-            inner = target.__func__
-        elif inner is None and not inspect.isroutine(target) and not isinstance(target, type):
-            inner = _own(type(target), "__call__")
-        target = inner
-    return layers
-
-
-def _is_async(target: Any) -> bool:
-    return any(
-        inspect.iscoroutinefunction(layer) or inspect.isasyncgenfunction(layer) for layer in _layers(target)
-    )
-
-
-def _accepts_batch(target: Any) -> bool:
-    return any(accepts_batch(layer) for layer in _layers(target))
-
-
-def _takes_request(target: Any, extra: int = 0) -> bool | None:
-    """Whether to call it with a request; None if it can be called neither with one nor without.
-
-    extra     how many arguments come before the request
-    """
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):  # some builtins do not tell
-        return True
-    for count, answer in ((1, True), (0, False)):
-        try:
-            signature.bind(*(None,) * (count + extra))
-        except TypeError:
-            continue
-        return answer
-    return None
-
-
-def _awaitable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A plain wrapper of an `async def`, or an async generator function, as one that can be awaited."""
-
-    async def call(*arguments: Any) -> Any:
-        result = function(*arguments)
-        return await result if inspect.isawaitable(result) else result
-
-    return call
-
-
-def _name(target: Any) -> str:
-    return getattr(target, "__qualname__", None) or type(target).__qualname__

@@ -30,12 +30,13 @@ log = logging.getLogger("headgate.replica")
 
 
 class Hooks:
-    """The hooks of `loaded`, the code of the backend `tag`."""
+    """The hooks of `loaded`, the code of the backend `tag`; `read` gets a user_config's pickle by its path."""
 
-    def __init__(self, tag: str, loaded: LoadedCallable, plain: PlainThread) -> None:
+    def __init__(self, tag: str, loaded: LoadedCallable, plain: PlainThread, read: Callable[[str], bytes]) -> None:
         self._tag = tag
         self._loaded = loaded
         self._plain = plain
+        self._read = read
         self._kept_loop: asyncio.AbstractEventLoop | None = None
 
     # --- reconfigure ---
@@ -45,7 +46,7 @@ class Hooks:
         return self._loaded.hook("reconfigure") is not None
 
     def reconfigure_here(self, path: str) -> None:
-        """Give the class the user_config in the file `path`; called on the plain thread."""
+        """Give the class the user_config at `path`; called on the plain thread."""
         hook = self._hook("reconfigure")
         self._run_here(hook, partial(self._give, hook, path))
 
@@ -62,8 +63,7 @@ class Hooks:
             await self._on_plain(partial(self.reconfigure_here, path))
 
     def _give(self, hook: Method, path: str) -> Any:
-        with open(path, "rb") as file:
-            return hook.function(pickle.loads(file.read()))
+        return hook.function(pickle.loads(self._read(path)))
 
     # --- check_health ---
 

@@ -1,13 +1,16 @@
 """One request as a replica holds it, from its CALL to its one final answer.
 
 A Job is the frame's bytes and where its parts stand in them; meta and body are read when they are
-needed. It knows how its answer travels: as an HTTP reply, or as a Python value for a handle.
+needed. It knows how its answer travels: as an HTTP reply, or as a Python value for a handle
+(or, reservation.py, by another way altogether).
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from headgate.core import framing
 from headgate.errors import BackendError, HeadgateError, RequestCancelled, RequestTimeout
 from headgate.replica.request import AsyncServeRequest, HTTPRequest, PlainServeRequest
 from headgate.replica.response import Reply, error_reply
+from headgate.replica.stream import BodyFlow
 from headgate.wire import payload
 
 if TYPE_CHECKING:
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
 
     from headgate.replica.links import CallerLink
     from headgate.replica.stream import Flow
+
+#: The frame that ends a request, or what to do on the loop to end it or to begin a streamed answer.
+Outcome = bytes | Callable[[], object]
 
 _pack = framing.HEADER.pack
 _ARENA = struct.Struct("<QQ")
@@ -140,19 +147,24 @@ class Job:
         if not self.is_value:
             return HTTPRequest(self)
         request_id, _, _, http_method, headers, has_kwargs = self.meta
-        data = payload.decode(self.body)
-        kwargs: dict[str, Any] | None = None
-        if has_kwargs:
-            data, kwargs = data
+        data, kwargs = self._arguments(has_kwargs)
         if isinstance(data, HTTPRequest):
             return data
         kind = AsyncServeRequest if is_async else PlainServeRequest
         return kind(data, kwargs, headers, http_method or "GET", request_id)
 
+    def _arguments(self, has_kwargs: bool) -> tuple[Any, dict[str, Any] | None]:
+        """The data and the keyword arguments that a handle was called with."""
+        data = payload.decode(self.body)
+        if has_kwargs:
+            data, kwargs = data
+            return data, kwargs
+        return data, None
+
     # --- whether it may run ---
 
-    def refusal(self) -> bytes | None:
-        """The final frame of a request that must not start any more, or None: go ahead."""
+    def refusal(self) -> Outcome | None:
+        """The outcome of a request that must not start any more, or None: go ahead."""
         if self.cancelled:
             if self.timed_out:
                 return self.error(RequestTimeout("the request passed its deadline before it started"))
@@ -161,27 +173,38 @@ class Job:
             return self.error(RequestTimeout("the request passed its deadline while it waited in the replica"))
         return None
 
+    def on_cancel(self) -> None:
+        """The caller does not wait any more; whatever runs goes on for now."""
+
     def mark_started(self) -> None:
         """From here on user code may have run: the request is never sent elsewhere."""
         page = self.link.page
         if self.slot < len(page):
             page[self.slot] = 1
 
-    # --- final frames ---
+    # --- its outcome ---
 
-    def reply(self, reply: Reply) -> bytes | None:
-        """The frame of a whole HTTP reply; None if it is so large that it has to go in pieces."""
+    def reply(self, reply: Reply) -> Outcome:
+        """A whole HTTP reply: its frame, or a flow if it is so large that it has to go in pieces."""
         status, kind, block, body = reply
-        if len(body) > framing.BIG:
-            return None
         arg = status | kind << 16
+        if len(body) > framing.BIG:
+            flags = framing.HEAD if block else 0
+            return partial(BodyFlow, self.link.worker, self, flags, arg, block or b"", memoryview(body))
         if block is None:
             return _pack(len(body), framing.REPLY, 0, 0, self.slot, arg) + body
         head = _pack(len(block) + len(body), framing.REPLY, framing.HEAD, len(block), self.slot, arg)
         return b"%b%b%b" % (head, block, body)
 
-    def failure(self, error: BaseException, traceback_text: str, expose: bool) -> bytes:
-        """The final frame of a request whose user code raised."""
+    def value(self, result: Any) -> Outcome:
+        """A Python value for a handle."""
+        body = b"".join(payload.encode(result))
+        if len(body) > framing.BIG:
+            return partial(BodyFlow, self.link.worker, self, framing.VALUE, 200, b"", memoryview(body))
+        return _pack(len(body), framing.REPLY, framing.VALUE, 0, self.slot, 200) + body
+
+    def failure(self, error: BaseException, traceback_text: str, expose: bool) -> Outcome:
+        """The outcome of a request whose user code raised."""
         if isinstance(error, HeadgateError) and not isinstance(error, BackendError) and not traceback_text:
             return self.error(error)
         if self.is_value:
@@ -190,7 +213,11 @@ class Job:
         status, _, _, text = error_reply(error, traceback_text, expose)
         return _pack(len(text), framing.ERROR, 0, 0, self.slot, status) + text
 
-    def error(self, error: HeadgateError) -> bytes:
+    def error(self, error: HeadgateError) -> Outcome:
+        """The outcome of a request that headgate itself refuses."""
+        return self.error_frame(error)
+
+    def error_frame(self, error: HeadgateError) -> bytes:
         """The final frame of a request that headgate itself refuses."""
         if self.is_value:
             body = payload.encode_error(error, "")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from headgate.core import framing
 from headgate.errors import ProtocolError
 from headgate.replica.job import Job
+from headgate.replica.reservation import ReservedJob
 from headgate.wire.link import Frame, Link, Source
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ class CallerLink(Link):
             return
         if want:
             worker.tell_room(worker.admission.rooms())
+        if flags & framing.RESERVE:
+            self.jobs[slot] = reserved = ReservedJob(self, flags, meta_len, slot, arg, source, start, end)
+            worker.reservations.reserve(reserved)
+            return
         job = Job(self, flags, meta_len, slot, arg, source, start, end)
         self.jobs[slot] = job
         if flags & framing.MORE:
@@ -112,7 +117,7 @@ class CallerLink(Link):
         complete = job.upload is None or job.uploaded == len(job.upload)
         self.worker.cancel(job)
         if not complete:
-            self.finish(job, job.refusal() or b"")
+            self.worker.finish(job, job.refusal() or b"")
 
     def finish(self, job: Job, frame: bytes) -> None:
         """Send a request's final frame (empty: it was sent already) and free what it held. Once for each."""
@@ -185,6 +190,9 @@ class CallerLink(Link):
     def on_end(self) -> None:
         self.worker.lost(self)
         for job in list(self.jobs.values()):
+            if isinstance(job, ReservedJob):
+                self.worker.reservations.link_ended(job)
+                continue
             self.worker.cancel(job)
             if job.upload is not None and job.uploaded != len(job.upload):
                 self.finish(job, b"")

@@ -2,8 +2,9 @@
 
 Three threads. The headgate thread holds the control connection, so that the controller is
 answered however busy user code is. The loop reads links and runs `async def` handlers. The plain
-thread runs the constructor and everything plain. The process's main thread, which some libraries
-insist on, is whichever of the last two user code is written for.
+thread runs the constructor and everything plain. The thread that calls `run` is whichever of the
+last two user code is written for: the process's main thread, which some libraries insist on, where
+the process is the replica's own.
 
 Every change of state is one Report (wire/messages.py); what the controller makes of it is its own.
 """
@@ -13,11 +14,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import mmap
 import os
 import queue
+import socket
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,24 +29,29 @@ import msgspec
 
 from headgate import eventloop, logs
 from headgate.core.goals import resolve
-from headgate.engine.listener import bind_unix
-from headgate.errors import ArgumentError, BackendStartError, ConfigError, HeadgateError, to_wire
+from headgate.errors import (
+    ArgumentError,
+    BackendStartError,
+    ConfigError,
+    HeadgateError,
+    RequestError,
+    to_wire,
+)
 from headgate.instance import Instance
 from headgate.replica.callable import Code, LoadedCallable, load
 from headgate.replica.context import ReplicaContext, set_replica_context
 from headgate.replica.hooks import Hooks
 from headgate.replica.links import CallerLink
+from headgate.replica.place import Place, addresses
 from headgate.replica.plain import PlainThread
 from headgate.replica.watch import HealthWatch, LoopWatch
 from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import Acceptor
 from headgate.wire.link import open_link
-from headgate.wire.slots import map_memory
+from headgate.wire.slots import SLOTS, map_memory
 
 if TYPE_CHECKING:
-    import socket
-
     from headgate.engine.boot import ChildBoot
 
 log = logging.getLogger("headgate.replica")
@@ -53,17 +62,17 @@ _SWITCH_INTERVAL_S = 0.0005  # with user code on a thread: p99 of a 2 ms handler
 def main(child: ChildBoot) -> int:
     """Run one replica until the instance ends."""
     logs.configure(backend=child.name, replica=child.id)
-    Replica(child).run()
+    Replica(Place.of(child)).run()
     return 0
 
 
 class Replica:
-    """This process."""
+    """This process, or what of it is the replica's."""
 
-    def __init__(self, child: ChildBoot) -> None:
-        self.child = child
-        self.instance = Instance(child.boot.directory, child.boot.token, child.id, "replica")
-        self.report = messages.Report(child.name, 0, "starting")
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.instance = Instance(place.home, place.id, "replica")
+        self.report = messages.Report(place.backend, 0, "starting", node=place.home.node)
         self.plain = PlainThread()
         self.worker: Worker | None = None
         self.loaded: LoadedCallable
@@ -100,19 +109,18 @@ class Replica:
     def _tell(self, message: messages.ToController) -> None:
         self.instance.thread.loop.call_soon_threadsafe(self.instance.control.tell, message)
 
-    def _gone(self) -> None:
-        os._exit(0)  # the instance is over: nobody is left to answer to
-
     # --- from Assign to ready ---
 
     def run(self) -> None:
-        """Be told what to run, run it, and serve until the process is stopped."""
-        self.instance.when_gone(self._gone)
+        """Be told what to run, run it, and serve until the process is stopped; it does not return before."""
+        self.instance.when_gone(self.place.over)  # nobody is left to answer to
         self.instance.join(self._known, self._message)
         self.spec = self._inbox.get().spec
-        set_replica_context(ReplicaContext(self.spec.backend, self.child.id))
+        set_replica_context(ReplicaContext(self.spec.backend, self.place.id))
         with self._lock:
-            self.report = messages.Report(self.spec.backend, self.spec.version, "starting")
+            self.report = messages.Report(
+                self.spec.backend, self.spec.version, "starting", node=self.place.home.node
+            )
         try:
             self._load()
         except HeadgateError as error:
@@ -127,8 +135,7 @@ class Replica:
     def _load(self) -> None:
         os.environ.update(dict(self.spec.env))
         try:
-            with open(self.spec.code_path, "rb") as file:
-                blob = file.read()
+            blob = self.place.read_blob(self.spec.code_path)
         except FileNotFoundError:
             raise BackendStartError(f"backend {self.spec.backend!r} was withdrawn while it started") from None
         try:
@@ -136,7 +143,7 @@ class Replica:
         except (ArgumentError, ConfigError) as error:  # where an import path leads; objects were checked before
             raise type(error)(f"import path {_code_name(blob)!r}: {error}") from None
         resolve({"max_batch_size": self.spec.settings.max_batch_size}, self.loaded.facts)
-        self.hooks = Hooks(self.spec.backend, self.loaded, self.plain)
+        self.hooks = Hooks(self.spec.backend, self.loaded, self.plain, self.place.read_blob)
 
     def _say_failed(self, error: HeadgateError) -> None:
         kind, text = to_wire(error)
@@ -192,13 +199,13 @@ class Replica:
 
     async def _open(self) -> None:
         """Listen for routers and say so."""
-        boot = self.child.boot
         worker = Worker(
             self.loaded, self.spec.settings, self.plain,
-            expose=bool(boot.http.get("expose_tracebacks")), on_drained=partial(self.say, phase="drained"),
+            expose=self.place.expose, on_drained=partial(self.say, phase="drained"),
         )  # fmt: skip
-        address = os.path.join(boot.directory, f"r{self.child.id.rpartition('#')[2]}.sock")
-        self._acceptor = Acceptor(bind_unix(address), boot.token, partial(self._admit, worker))
+        listeners = self.place.bind()
+        address, remote = addresses(listeners)
+        self._acceptor = Acceptor(listeners, self.place.home.token, partial(self._admit, worker))
         self._acceptor.open()
         os.register_at_fork(after_in_child=worker.forked)
         health = HealthWatch(worker, lambda text: self._tell(messages.Health(text, hangs=True)))
@@ -212,19 +219,46 @@ class Replica:
         gc.collect()
         gc.freeze()
         self.say(
-            phase="ready", address=address, facts=self.loaded.facts, config_version=self.spec.config_version
-        )
+            phase="ready", address=address, remote=remote,
+            facts=self.loaded.facts, config_version=self.spec.config_version,
+        )  # fmt: skip
         self.worker = worker
         for message in self._early:
             self._command(message)
 
     async def _admit(self, worker: Worker, sock: socket.socket, name: str, fds: list[int]) -> None:
-        if not fds:
+        if not fds and sock.family == socket.AF_UNIX:
             sock.close()
             return
-        page = map_memory(fds[0])
+        # A router of another node shares no memory: nobody reads its page.
+        page = map_memory(fds[0]) if fds else mmap.mmap(-1, SLOTS)
         arena = map_memory(fds[1]) if len(fds) > 1 else None
         await open_link(CallerLink(worker, name, page, arena), sock)
+
+    # --- requests whose arguments come another way (reservation.py), from any thread ---
+
+    def claim(self, token: int, data: Any, kwargs: dict[str, Any] | None = None) -> Future[Any]:
+        """The arguments for a slot that was reserved: its result, the exception of user code, or a HeadgateError.
+
+        To be followed by one `answered`. Cancelling the future does nothing: see `give_up`.
+        """
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        if self.worker is None:
+            future.set_exception(RequestError("the replica is not ready: nothing was reserved here"))
+        else:
+            self.worker.from_any_thread(self.worker.reservations.claim, token, data, kwargs, future)
+        return future
+
+    def give_up(self, token: int) -> None:
+        """Whoever claimed it does not wait any more: cancel the request."""
+        if self.worker is not None:
+            self.worker.from_any_thread(self.worker.reservations.give_up, token)
+
+    def answered(self, token: int) -> None:
+        """Whoever claimed it has the answer and sends it on now; a drain waits for that."""
+        if self.worker is not None:
+            self.worker.from_any_thread(self.worker.reservations.answered, token)
 
     # --- commands, on the loop ---
 

@@ -62,7 +62,7 @@ class Flow:
 
     def fail(self, error: BaseException) -> None:
         """User code raised in the middle."""
-        self.job.link.finish(self.job, self.worker.failure(self.job, error))
+        self.worker.finish(self.job, self.worker.outcomes.failure(self.job, error))
 
     def credit(self, size: int) -> None:
         """The router has room for `size` more bytes."""

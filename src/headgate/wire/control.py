@@ -10,10 +10,9 @@ of headgate's own, thread.py.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -22,11 +21,12 @@ from headgate.core import framing
 from headgate.core.state import Snapshot
 from headgate.errors import InstanceError, ProtocolError
 from headgate.wire import messages
-from headgate.wire.handshake import accept, dial
+from headgate.wire.acceptor import Acceptor
+from headgate.wire.handshake import dial
 from headgate.wire.link import Frame, Link, open_link
 from headgate.wire.pending import Pending
 
-log = logging.getLogger("headgate.control")
+__all__ = ["OVER", "RECONNECT_S", "Acceptor", "ControlClient", "Hub", "Peer"]
 
 RECONNECT_S = 0.02
 OVER = (
@@ -48,6 +48,7 @@ class Peer(Link):
     id = ""
     pid = 0
     follows = False
+    is_local = True  # it is on this node: its pid means something here
 
     def __init__(self, hub: Hub) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Hub:
 
     def __init__(
         self,
-        listener: socket.socket,
+        listeners: socket.socket | Sequence[socket.socket],
         token: bytes,
         on_message: Callable[[Peer, messages.ToController], None],
         on_gone: Callable[[Peer], None],
@@ -94,7 +95,7 @@ class Hub:
         self.peers: set[Peer] = set()
         self.on_message = on_message
         self.on_gone = on_gone
-        self._acceptor = Acceptor(listener, token, self._admit)
+        self._acceptor = Acceptor(listeners, token, self._admit)
 
     def open(self) -> None:
         """Accept connections on the running loop."""
@@ -104,6 +105,7 @@ class Hub:
         for fd in fds:
             os.close(fd)
         peer = Peer(self)
+        peer.is_local = sock.family == socket.AF_UNIX
         self.peers.add(peer)
         await open_link(peer, sock)
 
@@ -112,59 +114,6 @@ class Hub:
         self._acceptor.close()
         for peer in list(self.peers):
             peer.close()
-
-
-class Acceptor:
-    """Accepts connections on a listening socket, greets them, and hands over those that prove themselves."""
-
-    def __init__(
-        self,
-        listener: socket.socket,
-        token: bytes,
-        admit: Callable[[socket.socket, str, list[int]], Any],
-    ) -> None:
-        self._listener = listener
-        self._token = token
-        self._admit = admit
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def open(self) -> None:
-        """Accept on the running loop from now on."""
-        self._loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)
-        self._loop.add_reader(self._listener.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        assert self._loop is not None
-        for _ in range(100):
-            try:
-                sock, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:  # no file descriptors left: come back when some may be free
-                log.error("cannot accept a connection: %s", error)
-                self._loop.remove_reader(self._listener.fileno())
-                self._loop.call_later(0.1, self.open)
-                return
-            task = self._loop.create_task(self._greet(sock))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _greet(self, sock: socket.socket) -> None:
-        try:
-            name, fds = await accept(sock, self._token)
-        except (OSError, ProtocolError) as error:
-            log.warning("refused a connection: %s", error)
-            sock.close()
-            return
-        await self._admit(sock, name, fds)
-
-    def close(self) -> None:
-        """Stop accepting; the listening socket itself is closed too."""
-        if self._loop is not None and self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener.fileno())
-        self._listener.close()
 
 
 class _Connection(Link):
@@ -188,15 +137,16 @@ class _Connection(Link):
 class ControlClient:
     """A process's connection to its controller.
 
+    find          a home's (home.py): the controller's address, or None when the instance is over
     hello         makes the Hello for each (re)connection, given the version of the newest snapshot
     on_message    what is not an answer, a snapshot or a ping: commands for replicas and proxies
     on_snapshot   called with each newer snapshot, on this loop, before it is acknowledged
-    on_gone       called once when the instance is over: nobody listens on the control socket
+    on_gone       called once when the instance is over
     """
 
     def __init__(
         self,
-        path: str,
+        find: Callable[[Exception | None], Awaitable[str | None]],
         token: bytes,
         hello: Callable[[int], messages.Hello],
         *,
@@ -209,7 +159,8 @@ class ControlClient:
         self.on_message = on_message
         self.on_snapshot = on_snapshot
         self.on_gone = on_gone
-        self._path = path
+        self._find = find
+        self._address = ""  # the one tried last
         self._token = token
         self._hello = hello
         self._link: _Connection | None = None
@@ -224,27 +175,46 @@ class ControlClient:
         self._loop = asyncio.get_running_loop()
         await self._connect()
         if self._link is None:
-            raise InstanceError(f"no headgate instance listens on {self._path}")
+            raise InstanceError(f"no headgate instance listens on {self._address}" if self._address else OVER)
 
     async def _connect(self) -> None:
+        error: Exception | None = None
         while not self.gone:
-            link = _Connection(self)
-            try:
-                hello = self._hello(self.snapshot.version)
-                sock, _ = await dial(self._path, self._token, hello.id)
-                await open_link(link, sock)
-            except (ConnectionRefusedError, FileNotFoundError):
+            address = await self._look(error)
+            if address is None:
                 self._end()
                 return
-            except (OSError, ProtocolError):  # the controller is being replaced
+            if error is not None:  # the controller is being replaced: do not spin
                 await asyncio.sleep(RECONNECT_S)
-                continue
-            self._link = link
-            self._connected_at = asyncio.get_running_loop().time()
-            self.tell(self._hello(self.snapshot.version))
-            for request in self._pending:
-                self.tell(request)
+            try:
+                await self._reach(address)
+                return
+            except (OSError, ProtocolError) as trouble:
+                error = trouble
+
+    async def _look(self, error: Exception | None) -> str | None:
+        """Where the controller is, however long it takes to know; None: the instance is over."""
+        while not self.gone:
+            try:
+                return await self._find(error)
+            except (OSError, ProtocolError) as trouble:
+                error = trouble
+                await asyncio.sleep(RECONNECT_S)
+        return None
+
+    async def _reach(self, address: str) -> None:
+        self._address = address
+        link = _Connection(self)
+        sock, _ = await dial(address, self._token, self._hello(self.snapshot.version).id)
+        await open_link(link, sock)
+        if self.gone:
+            link.close()
             return
+        self._link = link
+        self._connected_at = asyncio.get_running_loop().time()
+        self.tell(self._hello(self.snapshot.version))
+        for request in self._pending:
+            self.tell(request)
 
     def tell(self, message: messages.ToController) -> None:
         """Send a message; dropped while the controller is away (Hello repeats all that matters)."""
@@ -314,10 +284,26 @@ class ControlClient:
                 waiter.set_result(None)
         self.on_gone()
 
+    def over(self) -> None:
+        """The instance is over, says who knows."""
+        self._end()
+        self._disconnect()
+
+    def end_threadsafe(self) -> None:
+        """As `over`, from any thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self.over)
+        except RuntimeError:  # the loop was closed
+            pass
+
     def close(self) -> None:
         """Leave; the instance goes on. Calls without an answer fail."""
         self.on_gone = lambda: None
         self._end()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._task is not None:
             self._task.cancel()
         if self._link is not None:

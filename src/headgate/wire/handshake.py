@@ -3,7 +3,8 @@
 The dialer sends a greeting with a nonce and its name, and passes its file descriptors along;
 the acceptor answers with a nonce of its own and proof that it holds the instance's token; the
 dialer proves the same. Each side's proof covers both nonces and names its role, so that neither
-can be replayed or reflected. On a unix socket the peer must also be of the same user.
+can be replayed or reflected. On a unix socket the peer must also be of the same user; over TCP no
+file descriptors pass, and a pid means nothing.
 
 Everything is awaited without blocking the loop and within `TIMEOUT_S`. Received file
 descriptors are closed on every path that fails. The transport is made afterwards, link.py.
@@ -18,8 +19,10 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from headgate.errors import ProtocolError
+from headgate.wire.address import connect_to, prepare
 
 VERSION = 1
 TIMEOUT_S = 1.0
@@ -37,37 +40,47 @@ def wire_name(name: str) -> str:
     return name if len(name.encode()) <= _NAME_BYTES else hashlib.sha256(name.encode()).hexdigest()
 
 
-async def dial(path: str, token: bytes, name: str, fds: Sequence[int] = ()) -> tuple[socket.socket, int]:
-    """A connected, authenticated, non-blocking socket, and the pid of the process behind it.
+async def dial(address: str, token: bytes, name: str, fds: Sequence[int] = ()) -> tuple[socket.socket, int]:
+    """A connected, authenticated, non-blocking socket, and the pid of the process behind it (0 over TCP).
 
-    Raises OSError when nobody listens at `path`, ProtocolError when the other side is not ours.
+    Raises OSError when nobody listens at `address`, ProtocolError when the other side is not ours.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    family, place = connect_to(address)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         async with asyncio.timeout(TIMEOUT_S):
-            pid = await _dial(sock, path, token, wire_name(name).encode(), fds)
+            await _connect(sock, place)
+            pid = await _dial(sock, address, token, wire_name(name).encode(), fds)
     except TimeoutError:
         sock.close()
-        raise ProtocolError(f"no answer to the handshake on {path} within {TIMEOUT_S:g} s") from None
+        raise ProtocolError(f"no answer to the handshake on {address} within {TIMEOUT_S:g} s") from None
     except BaseException:
         sock.close()
         raise
     return sock, pid
 
 
-async def _dial(sock: socket.socket, path: str, token: bytes, name: bytes, fds: Sequence[int]) -> int:
-    loop = asyncio.get_running_loop()
+async def _connect(sock: socket.socket, place: Any) -> None:
+    if sock.family != socket.AF_UNIX:
+        await asyncio.get_running_loop().sock_connect(sock, place)
+        prepare(sock)
+        return
     while True:
         try:
-            sock.connect(path)
+            sock.connect(place)
             break
         except BlockingIOError:  # the listener's queue is full, connect() on a unix socket does not wait
             await asyncio.sleep(0.005)
     _check_user(sock)
+
+
+async def _dial(sock: socket.socket, address: str, token: bytes, name: bytes, fds: Sequence[int]) -> int:
+    loop = asyncio.get_running_loop()
+    is_local = sock.family == socket.AF_UNIX
     nonce = os.urandom(32)
     greeting = _GREETING.pack(_MAGIC, VERSION, 0, nonce, name)
-    if fds:
+    if fds and is_local:
         socket.send_fds(sock, [greeting], list(fds))
     else:
         sock.send(greeting)
@@ -75,9 +88,9 @@ async def _dial(sock: socket.socket, path: str, token: bytes, name: bytes, fds: 
     magic, version, _, their_nonce, pid, proof = _ANSWER.unpack(answer)
     _check_version(magic, version)
     if not hmac.compare_digest(proof, _proof(token, b"acceptor", nonce, their_nonce)):
-        raise ProtocolError(f"whoever listens on {path} does not hold this instance's token")
+        raise ProtocolError(f"whoever listens on {address} does not hold this instance's token")
     await loop.sock_sendall(sock, _proof(token, b"dialer", nonce, their_nonce))
-    return int(pid)
+    return int(pid) if is_local else 0
 
 
 async def accept(sock: socket.socket, token: bytes) -> tuple[str, list[int]]:
@@ -101,7 +114,10 @@ async def accept(sock: socket.socket, token: bytes) -> tuple[str, list[int]]:
 
 async def _accept(sock: socket.socket, token: bytes, fds: list[int]) -> str:
     loop = asyncio.get_running_loop()
-    _check_user(sock)
+    if sock.family == socket.AF_UNIX:
+        _check_user(sock)
+    else:
+        prepare(sock)
     greeting, flags = await _receive_fds(loop, sock, _GREETING.size, fds)
     magic, version, _, nonce, name = _GREETING.unpack(greeting)
     _check_version(magic, version)

@@ -5,7 +5,7 @@ buffer, a large frame straight into memory of its own. When the connection ends,
 kernel still holds is read before anybody decides what was lost: a failing write makes the event
 loop drop all unread input, so a duplicate of the file descriptor is kept for that last look.
 
-A subclass says what frames mean: control.py, replica_link.py, replica/links.py.
+A subclass says what frames mean: control.py, replica_link.py, remote_link.py, replica/links.py.
 """
 
 from __future__ import annotations
@@ -195,4 +195,7 @@ class Link(asyncio.BufferedProtocol):
 async def open_link(link: Link, sock: socket.socket) -> None:
     """Give an authenticated, connected socket to `link` on the running loop."""
     loop = asyncio.get_running_loop()
-    await loop.create_unix_connection(lambda: link, sock=sock)
+    if sock.family == socket.AF_UNIX:
+        await loop.create_unix_connection(lambda: link, sock=sock)
+    else:
+        await loop.create_connection(lambda: link, sock=sock)

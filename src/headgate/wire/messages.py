@@ -7,6 +7,8 @@ and their acknowledgements, and the commands and reports of replicas.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from msgspec import Struct
 
@@ -23,7 +25,7 @@ class ReplicaSpec(Struct, frozen=True, array_like=True):
     user_config_path: str | None = None
     config_version: int = 0
     env: tuple[tuple[str, str], ...] = ()
-    num_gpus: float = 0.0
+    resources: dict[str, Any] = {}
 
 
 # --- from a process to the controller ---------------------------------------------------------
@@ -34,7 +36,8 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
 
     `phase` is one of core.lifecycle's: starting, ready, draining, drained, failed. `error` is the
     text for the user when it failed to start or to reconfigure to `config_version`; `error_kind`
-    names its class of headgate.errors when it failed to start.
+    names its class of headgate.errors when it failed to start. `address` and `remote` are those of
+    core.state.ReplicaAddress.
     """
 
     backend: str
@@ -46,17 +49,20 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     error: str = ""
     in_flight: int = 0
     error_kind: str = ""
+    remote: str = ""
+    node: str = "local"
 
 
 class Hello(Struct, frozen=True, tag="hello", array_like=True):
     """The first message. `follows` asks for snapshots; `snapshot_version` is the newest it has."""
 
-    role: str  # "client", "proxy" or "replica"
+    role: str  # "client", "proxy", "replica" or "agent"
     id: str
     pid: int
     follows: bool = False
     snapshot_version: int = 0
     report: Report | None = None
+    node: str = "local"
 
 
 class Follow(Struct, frozen=True, tag="follow", array_like=True):
@@ -89,7 +95,20 @@ class Pong(Struct, frozen=True, tag="pong", array_like=True):
     """The answer to `Ping`."""
 
 
+class Answer(Struct, frozen=True, tag="answer", array_like=True):
+    """A node's agent hands on what its supervisor said (engine/asks.py)."""
+
+    data: bytes
+
+
 # --- from the controller to a process ---------------------------------------------------------
+
+
+class Ask(Struct, frozen=True, tag="ask", array_like=True):
+    """For the supervisor behind a node's agent (engine/asks.py)."""
+
+    data: bytes
+
 
 
 class Assign(Struct, frozen=True, tag="assign", array_like=True):
@@ -146,8 +165,8 @@ class Goodbye(Struct, frozen=True, tag="goodbye", array_like=True):
     timeout_s: float = 20.0
 
 
-ToController = Hello | Follow | Ack | Request | Report | Health | Pong
-FromController = Assign | Configure | Drain | Fence | Publish | Response | Ping | Goodbye
+ToController = Hello | Follow | Ack | Request | Report | Health | Pong | Answer
+FromController = Ask | Assign | Configure | Drain | Fence | Publish | Response | Ping | Goodbye
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_controller = msgspec.msgpack.Decoder(ToController).decode

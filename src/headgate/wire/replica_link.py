@@ -1,4 +1,4 @@
-"""The router's end of a link to one replica: requests out, answers in.
+"""The router's end of a link to one replica of this node: requests out, answers in.
 
 Each request holds a slot of the link from CALL to its one final answer: a REPLY or ERROR, an END
 after a streamed one, BUSY, or DRAINING. A caller that has given up leaves a stand-in in its slot,
@@ -13,138 +13,51 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from headgate.core import framing
-from headgate.errors import HeadgateError, ProtocolError
+from headgate.errors import ProtocolError
+from headgate.wire.caller import NEVER as _NEVER
+from headgate.wire.caller import Abandoned, Caller, Hub, Line
 from headgate.wire.handshake import dial
 from headgate.wire.link import PIECE_BYTES, WINDOW_BYTES, Frame, Link, Source, open_link
 from headgate.wire.slots import SlotPage
 
 if TYPE_CHECKING:
-    from headgate.core.assignment import ReplicaSet
-    from headgate.core.state import Endpoint, ReplicaAddress
+    from headgate.core.state import ReplicaAddress
+
+__all__ = ["Caller", "ReplicaLink", "Slots"]
 
 _pack = framing.HEADER.pack
 _REPLY, _MORE, _CALL = framing.REPLY, framing.MORE, framing.CALL
 _TOTAL = struct.Struct("<Q")
-_NEVER = float("inf")
 _MAX_MS = 0xFFFFFFFF
 #: A body up to this size goes in its CALL; a larger one in pieces, so that it holds up nobody.
 WHOLE_BYTES = 128 * 1024
 _DEATH_S = 1.0
 
 
-class Hub(Protocol):
-    """What a link needs of the router (router.Router)."""
+class Slots(Protocol):
+    """Hands out slots. `free` is where a slot goes back to (slots.SlotPage)."""
 
-    token: bytes
-    name: str
-    arena_fd: int | None
-    loop: asyncio.AbstractEventLoop
-    on_free: Callable[[int], None]
-    timed: set[Caller]
+    fd: int | None
+    free: list[int]
 
-    def hold(self, caller: Caller, version: int) -> None: ...
-
-
-class Line(Protocol):
-    """What a link needs of its backend's waiting line (router.BackendRoute)."""
-
-    replicas: ReplicaSet
-
-    @property
-    def trouble(self) -> str: ...
-    def dispatch(self) -> None: ...
-    def again(self, caller: Caller) -> None: ...
-    def refused(self, caller: Caller) -> None: ...
-    def answered(self) -> None: ...
-    def lost(self, link: ReplicaLink) -> None: ...
-    def recover(self, caller: Caller, started: bool) -> None: ...
-    def withdraw(self, caller: Caller) -> None: ...
-
-
-class Caller:
-    """Whoever waits for a request's answer; also the request, as the wire wants it.
-
-    Exactly one of on_reply, on_error, on_failure, or on_reply_start .. on_reply_end ends it;
-    on_failure may also cut a streamed answer short. None of them may raise.
-    """
-
-    # the request
-    meta = b""
-    head = b""
-    body: Any = b""
-    flags = 0
-    deadline = _NEVER  # of the loop's clock
-    unlimited = False  # may wait in a line of any length
-    # the router's own notes
-    order = 0
-    endpoint: Endpoint | None = None
-    shard_key: str | None = None
-    backend: Line | None = None
-    link: ReplicaLink | None = None
-    slot = 0
-    tries = 0
-    ran_twice = False
-    answering = False  # the first part of an answer has arrived
-    gone = False  # gave up
-
-    def on_assigned(self) -> None:
-        """It was sent to a replica; called again if it has to go elsewhere."""
-
-    def on_reply(self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
-        """The whole answer: payload source[start:end]."""
-
-    def on_reply_start(
-        self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int
-    ) -> None:
-        """An answer of which more follows."""
-
-    def on_data(self, source: Source, start: int, end: int) -> None:
-        """A further part of the answer."""
-
-    def on_reply_end(self) -> None:
-        """The end of an answer in parts."""
-
-    def on_error(self, status: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
-        """The replica answered with an error."""
-
-    def on_failure(self, error: HeadgateError) -> None:
-        """There is no answer, or no more of it."""
-
-    def on_refused(self) -> None:
-        """The replica it was sent to did not take it."""
-
-    def grant(self, size: int) -> None:
-        """Let the replica send `size` more bytes of a streamed answer."""
-        if self.link is not None:
-            self.link.send(_pack(0, framing.CREDIT, 0, 0, self.slot, size))
-
-
-class _Abandoned(Caller):
-    """Holds a slot whose caller has gone; lets a streamed answer run dry."""
-
-    gone = True
-
-    def __init__(self, caller: Caller) -> None:
-        self.link, self.slot = caller.link, caller.slot
-        self.on_refused = caller.on_refused  # type: ignore[method-assign]
-
-    def on_data(self, source: Source, start: int, end: int) -> None:
-        self.grant(end - start)
+    def passed(self) -> None: ...
+    def take(self) -> int: ...
+    def started(self, slot: int) -> bool: ...
+    def close(self) -> None: ...
 
 
 class ReplicaLink(Link):
-    """A connected link to one replica; see `open_replica_link`."""
+    """A link to one replica of this node, connected by `open`. For other nodes: remote_link.py."""
 
     def __init__(self, router: Hub, backend: Line, replica: ReplicaAddress) -> None:
         super().__init__()
         self.replica = replica
         self._router = router
         self._backend = backend
-        self._page = SlotPage()
+        self._page: Slots = self._make_slots()
         self._pending: dict[int, Caller] = {}
         self._uploads: list[tuple[int, memoryview]] = []
         self._pidfd = -1
@@ -153,6 +66,9 @@ class ReplicaLink(Link):
         self._retired = False
         self._replica_id = replica.id
         self._release_slot = backend.replicas.release
+
+    def _make_slots(self) -> Slots:
+        return SlotPage()
 
     # --- sending ---
 
@@ -204,7 +120,7 @@ class ReplicaLink(Link):
         slot = caller.slot
         if self._pending.get(slot) is not caller:
             return
-        stand_in = _Abandoned(caller)
+        stand_in = Abandoned(caller)
         self._pending[slot] = stand_in
         caller.link = None
         self._uploads = [upload for upload in self._uploads if upload[0] != slot]
@@ -361,9 +277,13 @@ class ReplicaLink(Link):
         self._pending = {}
         for slot, caller in reversed(lost):
             caller.link = None
-            self._backend.recover(caller, started=not dead or self._page.started(slot))
+            self._backend.recover(caller, started=self._started(slot, dead))
         self._release()
         self._backend.dispatch()
+
+    def _started(self, slot: int, dead: bool) -> bool:
+        """Whether user code may have begun to run for the lost request in `slot`."""
+        return not dead or self._page.started(slot)
 
     def _release(self) -> None:
         self._page.close()
@@ -389,10 +309,3 @@ class ReplicaLink(Link):
         except OSError:  # it has died already: the link ends at once
             self._pidfd = -1
         await open_link(self, sock)
-
-
-async def open_replica_link(router: Hub, backend: Line, replica: ReplicaAddress) -> ReplicaLink:
-    """A link to a replica, ready for calls. Raises OSError or ProtocolError while it does not listen."""
-    link = ReplicaLink(router, backend, replica)
-    await link.open()
-    return link

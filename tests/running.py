@@ -1,4 +1,7 @@
-"""Real processes for tests: an instance of a module's own, scripts, and what to look and wait with."""
+"""Real processes for tests: an instance of a module's own, scripts, and what to look and wait with.
+
+All of it works on both engines; `on_ray()` says on which the tests run (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,53 @@ from pathlib import Path
 from typing import Any
 
 import leftovers
+import ray_leftovers
 
 import headgate
 
 SECONDS_TO_END = 5.0
+
+
+def on_ray() -> bool:
+    return os.environ.get("HEADGATE_TEST_ENGINE") == "ray"
+
+
+def slack() -> float:
+    """How many times longer than in the embedded engine the end of something may take."""
+    return 10.0 if on_ray() else 1.0
+
+
+def key_of(client: headgate.Client) -> str:
+    """What tells the instance from others: its run directory, or "ray:<its Ray namespace>"."""
+    key: str = client._instance.home.key
+    return key
+
+
+def died() -> tuple[type[Exception], ...]:
+    """What `headgate.get(ref)` raises when the replica died: Ray's refs raise Ray's own error."""
+    if not on_ray():
+        return (headgate.ReplicaDied,)
+    from ray.exceptions import RayActorError
+
+    return headgate.ReplicaDied, RayActorError
+
+
+def cancelled() -> tuple[type[Exception], ...]:
+    """What it raises when the request was cancelled."""
+    if not on_ray():
+        return (headgate.RequestCancelled,)
+    from ray.exceptions import TaskCancelledError
+
+    return headgate.RequestCancelled, TaskCancelledError
+
+
+def cancel(ref: Any) -> None:
+    if on_ray():
+        import ray
+
+        ray.cancel(ref)
+    else:
+        assert ref.cancel()
 
 
 def eventually(holds: Callable[[], Any], timeout_s: float = 10.0) -> Any:
@@ -36,9 +82,14 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def instance_pids(directory: str) -> list[int]:
-    """The processes of the instance that lives in that run directory: who holds its lock, and all below."""
-    lock = os.path.join(directory, "lock")
+def instance_pids(key: str) -> list[int]:
+    """The processes of an instance; on Ray those of its actors.
+
+    In the embedded engine: who holds the lock of the run directory, and all below.
+    """
+    if key.startswith("ray:"):
+        return sorted(pid for pid in ray_leftovers.actor_pids(key[4:]).values() if is_alive(pid))
+    lock = os.path.join(key, "lock")
     everything = leftovers.processes()
     holders = [each for each in everything if lock in leftovers.descriptors(each.pid).values()]
     found = {each.pid for each in holders}
@@ -47,9 +98,18 @@ def instance_pids(directory: str) -> list[int]:
     return sorted(pid for pid in found - {os.getpid()} if is_alive(pid))
 
 
-def pid_of(directory: str, title: str) -> int:
+def is_gone(key: str) -> bool:
+    """Whether nothing of the instance is there any more."""
+    if key.startswith("ray:"):
+        return not ray_leftovers.is_there(key[4:])
+    return not instance_pids(key) and not os.path.exists(key)
+
+
+def pid_of(key: str, title: str) -> int:
     """The pid of the instance's process whose name is `title`."""
-    for pid in instance_pids(directory):
+    if key.startswith("ray:") and title == "headgate-ctl":
+        return ray_leftovers.actor_pids(key[4:])["controller"]
+    for pid in instance_pids(key):
         with contextlib.suppress(OSError):
             if Path("/proc", str(pid), "comm").read_text().strip() == title:
                 return pid
@@ -62,7 +122,7 @@ def one_instance(**options: Any) -> Iterator[headgate.Client]:
     before = os.environ["XDG_RUNTIME_DIR"]
     folder = Path(tempfile.mkdtemp(prefix="hg-", dir="/tmp"))
     marker = f"module.{os.getpid()}.{folder.name}"
-    watch = leftovers.Watch(marker, folder)
+    watch = leftovers.Watch(marker, folder, ray_leftovers.watch())
     os.environ.update({"XDG_RUNTIME_DIR": str(folder), leftovers.VARIABLE: marker})
     try:
         client = headgate.start(**options)
@@ -119,7 +179,7 @@ class Script:
 
     def end(self, timeout_s: float = SECONDS_TO_END) -> int:
         """Its exit code."""
-        return self.process.wait(timeout_s)
+        return self.process.wait(timeout_s * slack())
 
     def output(self, timeout_s: float = 30.0) -> str:
         """All that it still prints; it must end well."""

@@ -1,0 +1,232 @@
+"""What runs inside Ray's workers: the bodies of the actors, named in engine/cluster.py.
+
+Each starts headgate's own threads and loops in its worker and leaves Ray's loop to Ray: what an actor's
+methods do is to begin, to end, and to hand arguments and results of `handle.remote()` over. Everything
+else goes over wire/.
+
+Rule: nothing but Exception leaves a method. KeyboardInterrupt would end the actor's loop in silence,
+SystemExit its worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from headgate import eventloop, logs
+from headgate.engine import cluster, ray_agents
+from headgate.engine.node import Node
+from headgate.errors import BackendError, HeadgateError, InstanceError
+
+if TYPE_CHECKING:
+    from headgate.handle import AsyncServeHandle
+    from headgate.replica.process import Replica
+
+log = logs.get("actors")
+
+#: How long an actor waits for the controller's word on where it listens.
+_MEETING_S = 10.0
+
+
+class ControllerActor:
+    """The controller: the one of the local engine, with the cluster as its engine and its store.
+
+    Ray makes it anew after it died, with the same arguments; it then goes on from what is stored.
+    """
+
+    def __init__(self, origin: bytes) -> None:
+        self._origin = cluster._unpack_origin(origin)
+        self._started: Future[None] = Future()
+        _begin(self._origin, "controller")
+        threading.Thread(target=self._run, name="headgate-controller", daemon=True).start()
+
+    async def started(self) -> None:
+        """Returns when it listens. Raises what keeps it from that."""
+        await asyncio.shield(asyncio.wrap_future(self._started))
+
+    async def forever(self) -> None:
+        """Never returns: whoever calls it hears of this actor's end."""
+        await asyncio.get_running_loop().create_future()
+
+    async def pid(self) -> int:
+        """The worker's process."""
+        return os.getpid()
+
+    def _run(self) -> None:
+        try:
+            eventloop.run(self._serve())
+        except BaseException as error:
+            log.exception("the controller failed")
+            self._tell(error)
+            if not isinstance(error, HeadgateError):
+                os._exit(1)  # Ray makes another, which goes on from what is stored
+        else:
+            cluster.kill_me(self._origin.scope, cluster.CONTROLLER)
+
+    async def _serve(self) -> None:
+        from headgate.controller import on_ray
+
+        await on_ray.control(self._origin, lambda: self._tell(None))
+
+    def _tell(self, error: BaseException | None) -> None:
+        if self._started.done():
+            return
+        if error is None:
+            self._started.set_result(None)
+        else:
+            self._started.set_exception(_portable(error))
+
+
+class AgentActor:
+    """Starts the supervisor of its node, or finds it, and ends it with the instance."""
+
+    def __init__(self, origin: bytes) -> None:
+        self._origin = cluster._unpack_origin(origin)
+        self._lock = threading.Lock()
+        _begin(self._origin, "agent")
+        self._node = Node(self._origin, cluster.node_id(), cluster.node_address())
+        self._raylet = os.getppid()
+        cluster.watch_controller(self._origin.scope, self._over)
+
+    async def open(self, port: int, meeting: bytes) -> str:
+        """Have the supervisor run, with a listener on `port`: the URL of the proxy to be."""
+        return await asyncio.to_thread(self._open, port, cluster._unpack_meeting(meeting))
+
+    def _open(self, port: int, meeting: cluster.Meeting) -> str:
+        with self._lock:
+            return self._node.open(port, meeting, self._raylet)
+
+    async def follow(self, meeting: bytes) -> None:
+        """The controller listens elsewhere now."""
+        await asyncio.to_thread(self._node.follow, cluster._unpack_meeting(meeting))
+
+    async def end(self) -> None:
+        """End the supervisor and its processes."""
+        await asyncio.to_thread(self._end)
+
+    async def forever(self) -> None:
+        """Never returns: whoever calls it hears of this actor's end."""
+        await asyncio.get_running_loop().create_future()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._node.end()
+
+    def _over(self) -> None:
+        def end() -> None:
+            self._end()
+            _forget(self._origin.scope)
+            cluster.kill_me(self._origin.scope, ray_agents.name_of(cluster.node_id()))
+
+        threading.Thread(target=end, daemon=True).start()
+
+
+class ReplicaActor:
+    """One replica, on threads of its own in this worker."""
+
+    def __init__(self, origin: bytes, id: str, backend: str) -> None:
+        from headgate.replica.place import Place
+        from headgate.replica.process import Replica
+
+        self._origin = cluster._unpack_origin(origin)
+        _begin(self._origin, "replica", backend, id)
+        home = cluster.ClusterHome(self._origin, when_over=self._over)
+        name = f"{self._origin.instance}-{id}"
+        place = Place(
+            home=home,
+            id=id,
+            backend=backend,
+            expose=bool(self._origin.http.get("expose_tracebacks")),
+            listen=[f"@headgate-{name}", f"tcp://{cluster.join_host(cluster.node_address())}:0"],
+            read_blob=home.read_blob,
+            over=self._over,
+        )
+        self._replica: Replica = Replica(place)
+        self._leaving: asyncio.Event | None = None
+        threading.Thread(target=self._run, name="headgate-replica", daemon=True).start()
+
+    async def serve(self, token: int, data: Any, kwargs: dict[str, Any]) -> Any:
+        """The arguments of a request whose slot was reserved over the wire: its result."""
+        replica = self._replica
+        try:
+            return await asyncio.wrap_future(replica.claim(token, data, kwargs))
+        except asyncio.CancelledError:
+            replica.give_up(token)
+            raise
+        except (KeyboardInterrupt, SystemExit, GeneratorExit) as error:
+            raise BackendError(f"{type(error).__name__}: {error}") from None
+        finally:
+            replica.answered(token)
+
+    async def forever(self) -> None:
+        """Returns when it is to end: whoever calls it hears of this actor's end, however it comes."""
+        self._leaving = self._leaving or asyncio.Event()
+        await self._leaving.wait()
+
+    async def leave(self) -> None:
+        """End once the answers that are under way have been sent."""
+        if self._leaving is not None:
+            self._leaving.set()
+        cluster.exit_actor()
+
+    def _run(self) -> None:
+        try:
+            self._replica.run()
+        except BaseException:
+            log.exception("the replica failed")
+            os._exit(1)
+
+    def _over(self) -> None:
+        _forget(self._origin.scope)
+        os._exit(0)
+
+
+class CourierActor:
+    """Makes calls whose arguments Ray resolves first, for the one process that started it."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._handles: dict[str, AsyncServeHandle] = {}
+
+    async def call(
+        self, endpoint: str, missing_ok: bool, options: dict[str, Any], names: list[str], *values: Any
+    ) -> Any:
+        """The answer of an endpoint. `names` are those of the keyword arguments, the last of `values`."""
+        from headgate.handle import AsyncServeHandle, _unpickled
+
+        known = repr((endpoint, missing_ok, options))
+        handle = self._handles.get(known)
+        if handle is None:
+            handle = _unpickled(AsyncServeHandle, endpoint, missing_ok, options, self._key)
+            self._handles[known] = handle
+        return await handle.call(values[0], **dict(zip(names, values[1:], strict=True)))
+
+    async def forever(self) -> None:
+        """Never returns: whoever calls it hears of this actor's end."""
+        await asyncio.get_running_loop().create_future()
+
+
+def _begin(origin: cluster.Origin, role: str, backend: str = "", id: str = "") -> None:
+    """What every worker of an instance does first."""
+    cluster.end_with_raylet()
+    logs.configure(backend=backend, replica=id)
+    known = set(sys.path)
+    sys.path.extend(entry for entry in origin.path if entry not in known and os.path.exists(entry))
+    if role == "replica":
+        with contextlib.suppress(OSError):
+            os.chdir(origin.cwd)
+
+
+def _forget(scope: str) -> None:
+    """What an instance that is over still has in the cluster's store."""
+    with contextlib.suppress(OSError):
+        cluster.Records(scope).clear()
+
+
+def _portable(error: BaseException) -> BaseException:
+    return error if isinstance(error, HeadgateError) else InstanceError(f"{type(error).__name__}: {error}")

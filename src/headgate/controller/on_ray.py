@@ -1,0 +1,100 @@
+"""The controller on a Ray cluster: where it listens, what it stores in, and its end.
+
+It runs in an actor that Ray makes anew wherever it can (headgate/actors.py). Where it listens stands in
+the cluster's key-value store; on the same node it is the same address again, so that most find it without
+looking. What is stored under the instance's Ray namespace goes with the instance, or, where
+nobody was left to remove it, with the next start of any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable
+
+from headgate import logs
+from headgate.controller.serving import serve
+from headgate.controller.shelf import Shelf
+from headgate.controller.store import Store
+from headgate.engine import cluster
+from headgate.engine.ray_engine import RayEngine
+from headgate.errors import InstanceError
+from headgate.wire import address
+from headgate.wire.control import Hub
+
+log = logs.get("controller")
+
+
+class KeyValueShelf(Shelf):
+    """A shelf in the cluster's key-value store, which replaces a value as a whole or not at all."""
+
+    scheme = "ray"
+
+    def __init__(self, records: cluster.Records) -> None:
+        self._records = records
+        self.where = f"the key-value store of the Ray cluster, under {records.scope!r}"
+
+    def names(self) -> list[str]:
+        return [name.removeprefix(cluster.STORE) for name in self._records.names() if name.startswith(cluster.STORE)]
+
+    def read(self, name: str) -> bytes | None:
+        return self._records.get(cluster.STORE + name)
+
+    def write(self, name: str, data: bytes, sync: bool = True) -> None:
+        self._records.put(cluster.STORE + name, data)
+
+    def has(self, name: str) -> bool:
+        return self._records.has(cluster.STORE + name)
+
+    def remove(self, name: str) -> None:
+        self._records.remove(cluster.STORE + name)
+
+
+async def control(origin: cluster.Origin, listening: Callable[[], None]) -> None:
+    """Be the controller of that instance; returns when it is over and nothing of it is left but this process.
+
+    listening   called once others may connect
+    """
+    records = cluster.Records(origin.scope)
+    await cluster.apart(_sweep, origin.scope)
+    before = await cluster.apart(_take_over, records, origin)
+    listeners = _listen(origin, before)
+    unix, tcp = (address.address_of(each) for each in listeners)
+    meeting = cluster.Meeting(unix, tcp, cluster.node_id(), before.incarnation + 1 if before else 1)
+    await cluster.apart(records.put, "meeting", cluster.pack(meeting))
+    hub = Hub(listeners, origin.token, lambda peer, message: None, lambda peer: None)
+    engine = RayEngine(origin, hub, meeting)
+    location = origin.http.get("location") if origin.http.get("host") is not None else None
+    listening()
+    await serve(
+        engine, Store(KeyValueShelf(records)), hub, incarnation=meeting.incarnation, location=location
+    )
+    await engine.close()
+    await cluster.apart(records.clear)
+
+
+def _take_over(records: cluster.Records, origin: cluster.Origin) -> cluster.Meeting | None:
+    """What an earlier controller of this very instance wrote, which died; None for the first one."""
+    stored = records.origin()
+    if stored is not None and stored.instance == origin.instance:
+        return records.meeting()
+    if stored is not None:  # a detached instance of the same name, whose controller was killed for good
+        records.clear()
+    records.put("origin", cluster.pack(origin))
+    return None
+
+
+def _listen(origin: cluster.Origin, before: cluster.Meeting | None) -> list[socket.socket]:
+    host = cluster.join_host(cluster.node_address())
+    unix = address.listen(f"@headgate-{origin.instance}-controller")
+    if before is not None and before.node == cluster.node_id():
+        with contextlib.suppress(InstanceError):  # somebody else has the port now
+            return [unix, address.listen(before.tcp)]
+    return [unix, address.listen(f"tcp://{host}:0")]
+
+
+def _sweep(mine: str) -> None:
+    """Forget instances that ended when nobody was left to do so."""
+    for scope in cluster.Records.scopes():
+        if scope != mine and not cluster.is_alive(scope):
+            cluster.Records(scope).clear()

@@ -1,0 +1,157 @@
+"""Bring an instance to life on a Ray cluster, and take it down with it.
+
+What launch.py is to one machine. The controller is an actor that this process starts; all else is the
+controller's doing. If it is not detached it belongs to this process, and Ray ends it when this process ends,
+however that happens; the rest of the instance ends when it sees that.
+
+Rule: nobody joins a cluster by accident that strangers may command. Who can reach a cluster without a
+token can run any code on it, and so can whoever reaches this instance's actors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+from headgate import logs
+from headgate.engine import cluster
+from headgate.errors import InstanceError
+from headgate.launch import portable
+from headgate.params import pack
+
+if TYPE_CHECKING:
+    from headgate.config import HTTPOptions
+
+log = logs.get("ray")
+
+#: The longest that the controller's actor may take to be there.
+START_S = 60.0
+#: How long it may take to end once it was told or killed.
+DYING_S = 10.0
+
+_warned = False
+
+
+class LaunchedOnRay:
+    """A controller that this process started: its instance, and its end."""
+
+    def __init__(self, origin: cluster.Origin, actor: object, owns_ray: bool) -> None:
+        self.home = cluster.ClusterHome(origin)
+        self._actor = actor
+        self._owns_ray = owns_ray
+        self._gone = threading.Event()
+        cluster.watch_controller(origin.scope, self._gone.set)
+
+    def kill(self, number: int = 0) -> None:
+        """End the controller at once, for good; the others end when they see it."""
+        cluster.kill(self._actor)
+
+    def reap(self) -> None:
+        """The instance is over: Ray has seen to it."""
+
+    def collect(self, timeout_s: float = DYING_S) -> bool:
+        """Wait for the controller's end, and leave a cluster that was started for it; False if it lives on."""
+        if not self._gone.wait(timeout_s):
+            return False
+        if self._owns_ray:
+            self._owns_ray = False
+            cluster.leave()
+        return True
+
+
+def launch(options: HTTPOptions, namespace: str, detached: bool, insecure: bool) -> LaunchedOnRay:
+    """Start the controller on the cluster of this process, or on one that is started for it.
+
+    Raises InstanceError, and leaves nothing then.
+    """
+    owns_ray = take_part()
+    try:
+        _check_open(insecure)
+        origin = _origin(options, namespace, detached)
+        return LaunchedOnRay(origin, _start(origin), owns_ray)
+    except BaseException:
+        if owns_ray:
+            cluster.leave()
+        raise
+
+
+def take_part() -> bool:
+    """Have this process take part in Ray; True if it started a cluster of its own for that."""
+    if cluster.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        log.info("RAY_ADDRESS is not set: Ray is started on this machine, and ends with this process")
+        cluster.start_local()
+        return True
+    if "://" in address:
+        raise InstanceError(
+            f"RAY_ADDRESS={address}: a process outside of the cluster cannot start or reach instances there; run the "
+            "program on one of its nodes, with RAY_ADDRESS=auto, or submit it as a job"
+        )
+    if address != "auto":
+        cluster.check_token(address)
+    cluster.join(address)
+    return False
+
+
+def _check_open(insecure: bool) -> None:
+    """Refuse a cluster that serves strangers, unless told otherwise."""
+    global _warned
+    address = cluster.gcs_address()
+    if insecure:
+        return
+    if cluster.started_here():
+        if not cluster.shows_token() and not _warned:
+            _warned = True
+            warnings.warn(
+                "Ray's token authentication is off in the cluster that this process started: whoever reaches "
+                "this machine's ports can run code here; set RAY_AUTH_MODE=token",
+                stacklevel=5,
+            )
+        return
+    if not cluster.is_loopback(address) and cluster.answers_strangers(address):
+        raise InstanceError(
+            f"the cluster at {address} serves everybody who can reach it, without a token: whoever does can run code "
+            "on all its nodes. Start it with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN, or say insecure=True "
+            "if its network is closed"
+        )
+
+
+def _origin(options: HTTPOptions, namespace: str, detached: bool) -> cluster.Origin:
+    instance = os.urandom(4).hex()
+    return cluster.Origin(
+        scope=scope_of(namespace) if detached else f"headgate-{instance}",
+        instance=instance,
+        namespace=namespace,
+        token=os.urandom(32),
+        detached=detached,
+        home=cluster.node_id(),
+        http=portable(options),
+        middlewares=pack("http_options: middlewares", options.middlewares) if options.middlewares else b"",
+        path=tuple(os.path.abspath(entry) for entry in sys.path),
+        cwd=os.getcwd(),
+    )
+
+
+def scope_of(namespace: str) -> str:
+    """The Ray namespace of a detached instance."""
+    return f"headgate.{namespace}"
+
+
+def _start(origin: cluster.Origin) -> object:
+    if origin.detached and cluster.is_alive(origin.scope):
+        raise InstanceError(
+            f"a detached instance of namespace {origin.namespace!r} runs already on this cluster; use "
+            f"headgate.connect({origin.namespace!r}), or give this one another namespace"
+        )
+    actor = cluster.start_controller(origin)
+    try:
+        cluster.wait_for(actor.started.remote(), START_S)
+    except BaseException:
+        cluster.kill(actor)
+        raise
+    return actor
