@@ -43,6 +43,7 @@ class Job(NamedTuple):
     body_bytes: int = 0
     of: str = "requests_per_s"
     goal: float = 0.0
+    side: str = "headgate"
 
 
 MIB = 1 << 20
@@ -57,8 +58,13 @@ JOBS = {
     "upload": Job(
         "1 MiB in, length of request.view out", "length_view", "starlette", "length", 8, MIB, goal=1.2
     ),
+    "ray": Job("small JSON, plain handler, on Ray", "json", "headgate", "json", 64, goal=0.9, side="headgate-ray"),
+    "ray-async": Job(
+        "small JSON, async def, on Ray", "json_async", "headgate", "json_async", 64, goal=0.9, side="headgate-ray"
+    ),
     "upload-data": Job("1 MiB in, length of request.data out", "length", "starlette", "length", 8, MIB),
 }
+HANDLES = ("handle", "ray-handle")
 
 
 class Sample(NamedTuple):
@@ -104,7 +110,7 @@ def compare(job: Job, rounds: int, seconds: int) -> dict[str, Any]:
     ours: list[Sample] = []
     theirs: list[Sample] = []
     with (
-        servers.running("headgate", job.headgate, job.body_bytes) as headgate,
+        servers.running(job.side, job.headgate, job.body_bytes) as headgate,
         servers.running(job.peer, job.peer_job, job.body_bytes) as peer,
     ):
         for server in (headgate, peer):
@@ -123,18 +129,18 @@ def compare(job: Job, rounds: int, seconds: int) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     job = Job(**result["job"])
     print(f"\n{job.title}, {job.connections} connection{'s' if job.connections > 1 else ''}")
-    print(f"  {'':10} {'requests/s':>11} {'p50 ms':>8} {'p99 ms':>8} {'CPU us/request':>15}")
-    for name, key in (("headgate", "headgate"), (job.peer, "peer")):
+    print(f"  {'':12} {'requests/s':>11} {'p50 ms':>8} {'p99 ms':>8} {'CPU us/request':>15}")
+    for name, key in ((job.side, "headgate"), (job.peer, "peer")):
         show_side(name, middle([Sample(**each) for each in result[key]]))
     ratios = result["ratio"]
     figures = f"{ratios['requests_per_s']:11.2f} {ratios['p50_us']:8.2f} {ratios['p99_us']:8.2f}"
-    print(f"  {'ratio':10} {figures}   {verdict(ratios[job.of], job)}")
+    print(f"  {'ratio':12} {figures}   {verdict(ratios[job.of], job)}")
 
 
 def show_side(name: str, side: Sample) -> None:
     each = ", ".join(f"{process} {us:.1f}" for process, us in sorted(side.cpu_us.items()))
     print(
-        f"  {name:10} {side.requests_per_s:11,.0f} {side.p50_us / 1e3:8.3f} {side.p99_us / 1e3:8.3f} "
+        f"  {name:12} {side.requests_per_s:11,.0f} {side.p50_us / 1e3:8.3f} {side.p99_us / 1e3:8.3f} "
         f"{sum(side.cpu_us.values()):15.1f}   {each}"
     )
     if side.failed:
@@ -171,6 +177,26 @@ def show_calls(result: dict[str, Any]) -> None:
         print(f"  {process:16} {us:6.1f} us CPU per call")
 
 
+def ray_calls(rounds: int) -> dict[str, Any]:
+    printed = subprocess.check_output(
+        [sys.executable, "ray_calls.py", str(rounds)], cwd=servers.HERE, timeout=120 + 60 * rounds,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def show_ray_calls(result: dict[str, Any]) -> None:
+    print("\nhandles on a one-node Ray, us per call: a bare Ray actor call, handle.remote(), handle.call()")
+    for name, sides in result.items():
+        bare, remote, call = (median(sides[side]) for side in ("bare", "remote", "call"))
+        over = median(a / b for a, b in zip(sides["remote"], sides["bare"], strict=True))
+        faster = median(a / b for a, b in zip(sides["remote"], sides["call"], strict=True))
+        print(f"  {name:16} {bare:8.0f} {remote:8.0f} {call:8.0f}")
+        print(f"  {'':16} remote / bare {over:.2f}   goal: <= 1.3: {'met' if over <= 1.3 else 'missed'}")
+        print(f"  {'':16} remote / call {faster:.1f}   goal: >= 20: {'met' if faster >= 20 else 'missed'}")
+
+
 def machine() -> dict[str, Any]:
     names = ("headgate", "uvloop", "httptools", "starlette", "uvicorn", "numpy")
     return {
@@ -193,10 +219,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (3)")
     parser.add_argument("--seconds", type=int, default=5, help="length of a run (5)")
-    parser.add_argument("--only", default="", help=f"comma-separated: {','.join([*JOBS, 'handle'])}")
+    parser.add_argument("--only", default="", help=f"comma-separated: {','.join([*JOBS, *HANDLES])}")
     options = parser.parse_args()
-    chosen = options.only.split(",") if options.only else [*JOBS, "handle"]
-    if unknown := set(chosen) - {*JOBS, "handle"}:
+    chosen = options.only.split(",") if options.only else [*JOBS, *HANDLES]
+    if unknown := set(chosen) - {*JOBS, *HANDLES}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     wrk.find()
 
@@ -206,6 +232,9 @@ def main() -> None:
         if name == "handle":
             result[name] = handle_calls(options.rounds, options.seconds)
             show_calls(result[name])
+        elif name == "ray-handle":
+            result[name] = ray_calls(options.rounds)
+            show_ray_calls(result[name])
         else:
             result[name] = compare(JOBS[name], options.rounds, options.seconds)
             show(result[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 SECONDS_TO_START = 30.0
-SECONDS_TO_STOP = 10.0
+SECONDS_TO_STOP = 20.0
 
 
 class Server(NamedTuple):
@@ -33,8 +34,12 @@ def free_port() -> int:
         return port
 
 
+#: Sides that are headgate, and the engine of each.
+ENGINES = {"headgate": "local", "headgate-ray": "ray"}
+
+
 def command(side: str, job: str, port: int) -> list[str]:
-    if side == "headgate":
+    if side in ENGINES:
         return [sys.executable, "headgate_server.py", job, str(port)]
     if side == "batcher":
         return [sys.executable, "inprocess_batcher.py", str(port)]
@@ -46,7 +51,8 @@ def command(side: str, job: str, port: int) -> list[str]:
 def running(side: str, job: str, body_bytes: int = 0) -> Iterator[Server]:
     """A server that has answered one request of `job`."""
     port = free_port()
-    with subprocess.Popen(command(side, job, port), cwd=HERE) as process:
+    environment = {**os.environ, "HEADGATE_ENGINE": ENGINES.get(side, ""), "RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(command(side, job, port), cwd=HERE, env=environment) as process:
         try:
             wait_until_it_answers(process, port, f"/{job}", body_bytes)
             yield Server(side, f"http://127.0.0.1:{port}/{job}", process.pid)

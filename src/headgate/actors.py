@@ -19,8 +19,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from headgate import eventloop, logs
-from headgate.engine import cluster, ray_agents
+from headgate.engine import cluster, ray_agents, ray_records
 from headgate.engine.node import Node
+from headgate.engine.ray_home import ClusterHome
 from headgate.errors import BackendError, HeadgateError, InstanceError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ControllerActor:
     """
 
     def __init__(self, origin: bytes) -> None:
-        self._origin = cluster._unpack_origin(origin)
+        self._origin = ray_records.unpack_origin(origin)
         self._started: Future[None] = Future()
         _begin(self._origin, "controller")
         threading.Thread(target=self._run, name="headgate-controller", daemon=True).start()
@@ -86,7 +87,7 @@ class AgentActor:
     """Starts the supervisor of its node, or finds it, and ends it with the instance."""
 
     def __init__(self, origin: bytes) -> None:
-        self._origin = cluster._unpack_origin(origin)
+        self._origin = ray_records.unpack_origin(origin)
         self._lock = threading.Lock()
         _begin(self._origin, "agent")
         self._node = Node(self._origin, cluster.node_id(), cluster.node_address())
@@ -95,15 +96,15 @@ class AgentActor:
 
     async def open(self, port: int, meeting: bytes) -> str:
         """Have the supervisor run, with a listener on `port`: the URL of the proxy to be."""
-        return await asyncio.to_thread(self._open, port, cluster._unpack_meeting(meeting))
+        return await asyncio.to_thread(self._open, port, ray_records.unpack_meeting(meeting))
 
-    def _open(self, port: int, meeting: cluster.Meeting) -> str:
+    def _open(self, port: int, meeting: ray_records.Meeting) -> str:
         with self._lock:
             return self._node.open(port, meeting, self._raylet)
 
     async def follow(self, meeting: bytes) -> None:
         """The controller listens elsewhere now."""
-        await asyncio.to_thread(self._node.follow, cluster._unpack_meeting(meeting))
+        await asyncio.to_thread(self._node.follow, ray_records.unpack_meeting(meeting))
 
     async def end(self) -> None:
         """End the supervisor and its processes."""
@@ -133,9 +134,9 @@ class ReplicaActor:
         from headgate.replica.place import Place
         from headgate.replica.process import Replica
 
-        self._origin = cluster._unpack_origin(origin)
+        self._origin = ray_records.unpack_origin(origin)
         _begin(self._origin, "replica", backend, id)
-        home = cluster.ClusterHome(self._origin, when_over=self._over)
+        home = ClusterHome(self._origin, when_over=self._over)
         name = f"{self._origin.instance}-{id}"
         place = Place(
             home=home,
@@ -211,10 +212,11 @@ class CourierActor:
         await asyncio.get_running_loop().create_future()
 
 
-def _begin(origin: cluster.Origin, role: str, backend: str = "", id: str = "") -> None:
+def _begin(origin: ray_records.Origin, role: str, backend: str = "", id: str = "") -> None:
     """What every worker of an instance does first."""
     cluster.end_with_raylet()
     logs.configure(backend=backend, replica=id)
+    sys.setswitchinterval(0.0005)
     known = set(sys.path)
     sys.path.extend(entry for entry in origin.path if entry not in known and os.path.exists(entry))
     if role == "replica":
@@ -225,7 +227,7 @@ def _begin(origin: cluster.Origin, role: str, backend: str = "", id: str = "") -
 def _forget(scope: str) -> None:
     """What an instance that is over still has in the cluster's store."""
     with contextlib.suppress(OSError):
-        cluster.Records(scope).clear()
+        ray_records.Records(scope).clear()
 
 
 def _portable(error: BaseException) -> BaseException:

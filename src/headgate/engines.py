@@ -122,13 +122,13 @@ def _detached_here(namespace: str) -> Home:
 
 def _detached_on_ray(namespace: str) -> Home:
     from headgate import launch_ray
-    from headgate.engine import cluster
+    from headgate.engine import cluster, ray_home
 
     launch_ray.take_part()
     scope = launch_ray.scope_of(namespace)
     if not cluster.is_alive(scope):
         raise _none_runs(namespace, "on this Ray cluster")
-    return cluster.home(f"ray:{scope}")
+    return ray_home.home(f"ray:{scope}")
 
 
 def _none_runs(namespace: str, where: str) -> InstanceError:

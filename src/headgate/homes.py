@@ -37,9 +37,9 @@ def register(kind: str, find: Callable[[str], Home]) -> Callable[[str], Home] | 
 
 
 def _of_cluster(key: str) -> Home:
-    from headgate.engine import cluster  # imports Ray
+    from headgate.engine import ray_home  # imports Ray
 
-    return cluster.home(key)
+    return ray_home.home(key)
 
 
 _kinds: dict[str, Callable[[str], Home]] = {"ray": _of_cluster}

@@ -16,11 +16,12 @@ import threading
 import warnings
 from typing import TYPE_CHECKING
 
-from headgate import logs
-from headgate.engine import cluster
+from headgate import logs, params
+from headgate.engine import cluster, ray_access
+from headgate.engine.ray_home import ClusterHome
+from headgate.engine.ray_records import Origin, pack
 from headgate.errors import InstanceError
 from headgate.launch import portable
-from headgate.params import pack
 
 if TYPE_CHECKING:
     from headgate.config import HTTPOptions
@@ -38,8 +39,8 @@ _warned = False
 class LaunchedOnRay:
     """A controller that this process started: its instance, and its end."""
 
-    def __init__(self, origin: cluster.Origin, actor: object, owns_ray: bool) -> None:
-        self.home = cluster.ClusterHome(origin)
+    def __init__(self, origin: Origin, actor: object, owns_ray: bool) -> None:
+        self.home = ClusterHome(origin)
         self._actor = actor
         self._owns_ray = owns_ray
         self._gone = threading.Event()
@@ -93,7 +94,7 @@ def take_part() -> bool:
             "program on one of its nodes, with RAY_ADDRESS=auto, or submit it as a job"
         )
     if address != "auto":
-        cluster.check_token(address)
+        ray_access.check_token(address)
     cluster.join(address)
     return False
 
@@ -113,7 +114,7 @@ def _check_open(insecure: bool) -> None:
                 stacklevel=5,
             )
         return
-    if not cluster.is_loopback(address) and cluster.answers_strangers(address):
+    if not ray_access.is_loopback(address) and ray_access.answers_strangers(address):
         raise InstanceError(
             f"the cluster at {address} serves everybody who can reach it, without a token: whoever does can run code "
             "on all its nodes. Start it with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN, or say insecure=True "
@@ -121,9 +122,9 @@ def _check_open(insecure: bool) -> None:
         )
 
 
-def _origin(options: HTTPOptions, namespace: str, detached: bool) -> cluster.Origin:
+def _origin(options: HTTPOptions, namespace: str, detached: bool) -> Origin:
     instance = os.urandom(4).hex()
-    return cluster.Origin(
+    return Origin(
         scope=scope_of(namespace) if detached else f"headgate-{instance}",
         instance=instance,
         namespace=namespace,
@@ -131,7 +132,7 @@ def _origin(options: HTTPOptions, namespace: str, detached: bool) -> cluster.Ori
         detached=detached,
         home=cluster.node_id(),
         http=portable(options),
-        middlewares=pack("http_options: middlewares", options.middlewares) if options.middlewares else b"",
+        middlewares=params.pack("http_options: middlewares", options.middlewares) if options.middlewares else b"",
         path=tuple(os.path.abspath(entry) for entry in sys.path),
         cwd=os.getcwd(),
     )
@@ -142,13 +143,13 @@ def scope_of(namespace: str) -> str:
     return f"headgate.{namespace}"
 
 
-def _start(origin: cluster.Origin) -> object:
+def _start(origin: Origin) -> object:
     if origin.detached and cluster.is_alive(origin.scope):
         raise InstanceError(
             f"a detached instance of namespace {origin.namespace!r} runs already on this cluster; use "
             f"headgate.connect({origin.namespace!r}), or give this one another namespace"
         )
-    actor = cluster.start_controller(origin)
+    actor = cluster.start_controller(pack(origin), origin.scope, origin.home, detached=origin.detached)
     try:
         cluster.wait_for(actor.started.remote(), START_S)
     except BaseException:

@@ -65,9 +65,9 @@ def use(refs: Refs | None) -> None:
 def refs_here() -> Refs | None:
     """The engine's own refs if this process can have any. Imports nothing to find out that it cannot."""
     if _refs is None and "ray" in sys.modules:
-        from headgate.engine import cluster
+        from headgate.engine.ray_home import RayActors
 
-        use(cluster.RayActors("", ""))  # of no instance: for refs alone
+        use(RayActors("", ""))  # of no instance: for refs alone
     return _refs
 
 

@@ -49,14 +49,14 @@ def play() -> Iterator[Play]:
     """Plays a scene on the Ray engine."""
     import ray
 
-    from headgate.engine import cluster
+    from headgate.engine import cluster, ray_records
 
     name = os.urandom(4).hex()
-    origin = cluster.Origin(
+    origin = ray_records.Origin(
         f"headgate-{name}", name, "default", os.urandom(32), False, cluster.node_id(), portable(HTTPOptions(port=0))
     )
-    records = cluster.Records(origin.scope)
-    records.put("origin", cluster.pack(origin))
+    records = ray_records.Records(origin.scope)
+    records.put("origin", ray_records.pack(origin))
     actor = (
         ray.remote(controller())
         .options(name=cluster.CONTROLLER, namespace=origin.scope, num_cpus=0, max_concurrency=100)
@@ -68,18 +68,18 @@ def play() -> Iterator[Play]:
 
 
 async def _play(scene: Callable[[Stage], Awaitable[None]], origin: Any, records: Any) -> None:
-    from headgate.engine import cluster
+    from headgate.engine import ray_records
     from headgate.engine.ray_engine import RayEngine
 
     listeners = [address.listen(f"@headgate-{origin.instance}-test"), address.listen("tcp://127.0.0.1:0")]
     unix, tcp = (address.address_of(each) for each in listeners)
-    meeting = cluster.Meeting(unix, tcp, origin.home, 1)
-    records.put("meeting", cluster.pack(meeting))
+    meeting = ray_records.Meeting(unix, tcp, origin.home, 1)
+    records.put("meeting", ray_records.pack(meeting))
     hub = Hub(listeners, origin.token, lambda peer, message: None, lambda peer: None)
     engine = RayEngine(origin, hub, meeting)
 
     def code(name: str) -> str:
-        records.put(f"{cluster.STORE}blobs/{name}", pack(Bad if name == "bad" else good)[0])
+        records.put(f"{ray_records.STORE}blobs/{name}", pack(Bad if name == "bad" else good)[0])
         return f"ray:blobs/{name}"
 
     stage = Stage(engine, code)

@@ -18,6 +18,7 @@ from headgate.controller.shelf import Shelf
 from headgate.controller.store import Store
 from headgate.engine import cluster
 from headgate.engine.ray_engine import RayEngine
+from headgate.engine.ray_records import STORE, Meeting, Origin, Records, pack
 from headgate.errors import InstanceError
 from headgate.wire import address
 from headgate.wire.control import Hub
@@ -30,38 +31,38 @@ class KeyValueShelf(Shelf):
 
     scheme = "ray"
 
-    def __init__(self, records: cluster.Records) -> None:
+    def __init__(self, records: Records) -> None:
         self._records = records
         self.where = f"the key-value store of the Ray cluster, under {records.scope!r}"
 
     def names(self) -> list[str]:
-        return [name.removeprefix(cluster.STORE) for name in self._records.names() if name.startswith(cluster.STORE)]
+        return [name.removeprefix(STORE) for name in self._records.names() if name.startswith(STORE)]
 
     def read(self, name: str) -> bytes | None:
-        return self._records.get(cluster.STORE + name)
+        return self._records.get(STORE + name)
 
     def write(self, name: str, data: bytes, sync: bool = True) -> None:
-        self._records.put(cluster.STORE + name, data)
+        self._records.put(STORE + name, data)
 
     def has(self, name: str) -> bool:
-        return self._records.has(cluster.STORE + name)
+        return self._records.has(STORE + name)
 
     def remove(self, name: str) -> None:
-        self._records.remove(cluster.STORE + name)
+        self._records.remove(STORE + name)
 
 
-async def control(origin: cluster.Origin, listening: Callable[[], None]) -> None:
+async def control(origin: Origin, listening: Callable[[], None]) -> None:
     """Be the controller of that instance; returns when it is over and nothing of it is left but this process.
 
     listening   called once others may connect
     """
-    records = cluster.Records(origin.scope)
+    records = Records(origin.scope)
     await cluster.apart(_sweep, origin.scope)
     before = await cluster.apart(_take_over, records, origin)
     listeners = _listen(origin, before)
     unix, tcp = (address.address_of(each) for each in listeners)
-    meeting = cluster.Meeting(unix, tcp, cluster.node_id(), before.incarnation + 1 if before else 1)
-    await cluster.apart(records.put, "meeting", cluster.pack(meeting))
+    meeting = Meeting(unix, tcp, cluster.node_id(), before.incarnation + 1 if before else 1)
+    await cluster.apart(records.put, "meeting", pack(meeting))
     hub = Hub(listeners, origin.token, lambda peer, message: None, lambda peer: None)
     engine = RayEngine(origin, hub, meeting)
     location = origin.http.get("location") if origin.http.get("host") is not None else None
@@ -73,18 +74,18 @@ async def control(origin: cluster.Origin, listening: Callable[[], None]) -> None
     await cluster.apart(records.clear)
 
 
-def _take_over(records: cluster.Records, origin: cluster.Origin) -> cluster.Meeting | None:
+def _take_over(records: Records, origin: Origin) -> Meeting | None:
     """What an earlier controller of this very instance wrote, which died; None for the first one."""
     stored = records.origin()
     if stored is not None and stored.instance == origin.instance:
         return records.meeting()
     if stored is not None:  # a detached instance of the same name, whose controller was killed for good
         records.clear()
-    records.put("origin", cluster.pack(origin))
+    records.put("origin", pack(origin))
     return None
 
 
-def _listen(origin: cluster.Origin, before: cluster.Meeting | None) -> list[socket.socket]:
+def _listen(origin: Origin, before: Meeting | None) -> list[socket.socket]:
     host = cluster.join_host(cluster.node_address())
     unix = address.listen(f"@headgate-{origin.instance}-controller")
     if before is not None and before.node == cluster.node_id():
@@ -95,6 +96,6 @@ def _listen(origin: cluster.Origin, before: cluster.Meeting | None) -> list[sock
 
 def _sweep(mine: str) -> None:
     """Forget instances that ended when nobody was left to do so."""
-    for scope in cluster.Records.scopes():
+    for scope in Records.scopes():
         if scope != mine and not cluster.is_alive(scope):
-            cluster.Records(scope).clear()
+            Records(scope).clear()

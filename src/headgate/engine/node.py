@@ -23,7 +23,7 @@ from headgate.wire import home
 if TYPE_CHECKING:
     import socket
 
-    from headgate.engine.cluster import Meeting, Origin
+    from headgate.engine.ray_records import Meeting, Origin
 
 _MAIN = "headgate.processes:agent_supervisor_main"
 #: How long a supervisor may take to end once it was told.

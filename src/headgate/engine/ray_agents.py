@@ -15,6 +15,7 @@ from typing import Any
 from headgate import logs
 from headgate.engine import cluster
 from headgate.engine.interface import Appeared, Event, Exited, Process
+from headgate.engine.ray_records import Meeting, Origin, Records, pack
 from headgate.engine.supervised import Supervised
 from headgate.errors import InstanceError
 from headgate.wire import messages
@@ -59,7 +60,7 @@ class Agents:
     """
 
     def __init__(
-        self, origin: cluster.Origin, records: cluster.Records, on_event: Callable[[Event], None]
+        self, origin: Origin, records: Records, on_event: Callable[[Event], None]
     ) -> None:
         self._origin = origin
         self._records = records
@@ -82,16 +83,16 @@ class Agents:
         if port := await cluster.apart(self._records.get, _PORT):
             self._port = int(port)
 
-    async def tell(self, names: list[str], meeting: cluster.Meeting) -> None:
+    async def tell(self, names: list[str], meeting: Meeting) -> None:
         """Tell the actors of an earlier controller's agents where this one listens."""
         for name in names:
             actor = await cluster.apart(cluster.find, self._origin.scope, name)
             if actor is not None:
-                actor.follow.remote(cluster.pack(meeting))
+                actor.follow.remote(pack(meeting))
 
     # --- proxies ---
 
-    async def start_proxy(self, node: str, meeting: cluster.Meeting) -> str:
+    async def start_proxy(self, node: str, meeting: Meeting) -> str:
         """A proxy on that node: the one that runs, or a new one. Raises InstanceError."""
         agent = await self._reach(node, meeting)
         for id, known in agent.supervised.known.items():
@@ -100,7 +101,7 @@ class Agents:
         # A supervisor numbers its children, and the next one on this node begins at 1 again.
         return await agent.supervised.fork("proxy", f"proxy@{node[:8]}-{os.urandom(2).hex()}")
 
-    async def _reach(self, node: str, meeting: cluster.Meeting) -> _Agent:
+    async def _reach(self, node: str, meeting: Meeting) -> _Agent:
         agent = self._of(node)
         if not agent.listed.done():
             await self._open(node, meeting)
@@ -111,12 +112,14 @@ class Agents:
                 raise InstanceError(f"the agent of node {node[:8]} did not connect within {DIAL_S:g} s") from None
         return agent
 
-    async def _open(self, node: str, meeting: cluster.Meeting) -> None:
+    async def _open(self, node: str, meeting: Meeting) -> None:
         async with self._opening:
             try:
-                actor = await cluster.apart(cluster.start_agent, self._origin, name_of(node), node)
+                actor = await cluster.apart(
+                    cluster.start_agent, pack(self._origin), self._origin.scope, name_of(node), node
+                )
                 self._actors[node] = actor
-                answer = actor.open.remote(self._port, cluster.pack(meeting))
+                answer = actor.open.remote(self._port, pack(meeting))
                 self._http[node] = url = await cluster.ask(answer, OPEN_S)
                 await cluster.apart(self._records.put, _ADDRESSES + node, url.encode())
                 if not self._port:

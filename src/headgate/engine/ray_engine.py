@@ -22,6 +22,7 @@ from headgate import logs
 from headgate.core import placement
 from headgate.engine import cluster, ray_agents
 from headgate.engine.interface import Event, Exited, NodesChanged, Process, Reported
+from headgate.engine.ray_records import Meeting, Origin, Records, pack
 from headgate.errors import HeadgateError, InstanceError
 from headgate.wire import messages
 from headgate.wire.control import Hub, Peer
@@ -63,14 +64,14 @@ class _Replica:
 class RayEngine:
     """Processes of a cluster. Takes replicas' and agents' words from the hub and leaves it everything else."""
 
-    def __init__(self, origin: cluster.Origin, hub: Hub, meeting: cluster.Meeting) -> None:
+    def __init__(self, origin: Origin, hub: Hub, meeting: Meeting) -> None:
         self._origin = origin
         self._hub = hub
         self._meeting = meeting
-        self._records = cluster.Records(origin.scope)
+        self._records = Records(origin.scope)
         self._agents = ray_agents.Agents(origin, self._records, self._tell_event)
         self._known: dict[str, _Replica] = {}
-        self._early: list[tuple[Peer, messages.Hello]] | None = []  # until it is known what runs
+        self._early: list[tuple[Peer, messages.ToController]] | None = []  # until it is known what runs
         self._numbering = asyncio.Lock()
         self._nodes: dict[str, dict[str, float]] = {}
         self._next = self._last = 0
@@ -95,8 +96,8 @@ class RayEngine:
             if name != cluster.CONTROLLER and name not in agents:
                 await self._adopt(name)
         early, self._early = self._early, None
-        for peer, hello in early or ():
-            self._on_message(peer, hello)
+        for peer, message in early or ():
+            self._on_message(peer, message)
         await self._agents.tell(agents, self._meeting)
         self._spawn(self._look())
 
@@ -121,7 +122,8 @@ class RayEngine:
         try:
             await cluster.apart(self._records.put, _SPECS + known.id, messages.encode(spec))
             known.actor = await cluster.apart(
-                cluster.start_replica, self._origin, known.id, spec.backend, spec.resources, timeout_s=_START_S
+                cluster.start_replica, pack(self._origin), self._origin.scope, known.id, spec.backend, spec.resources,
+                timeout_s=_START_S,
             )
         except (TimeoutError, OSError) as error:
             del self._known[known.id]
@@ -238,21 +240,20 @@ class RayEngine:
     # --- the hub ---
 
     def _on_message(self, peer: Peer, message: messages.ToController) -> None:
-        if peer.role == "replica" and isinstance(message, messages.Report | messages.Health):
+        if self._early is not None and peer.role in ("agent", "replica"):
+            self._early.append((peer, message))
+        elif peer.role == "replica" and isinstance(message, messages.Report | messages.Health):
             self._reported(peer, message)
-            return
-        if isinstance(message, messages.Answer):
+        elif isinstance(message, messages.Answer):
             self._agents.answer(peer, message.data)
-            return
-        if isinstance(message, messages.Hello):
-            if self._early is not None:
-                self._early.append((peer, message))
-                return
-            if message.role == "agent":
-                self._agents.hello(peer, message)
-            elif message.role == "replica" and not self._greet(peer, message):
-                return
-        self._to_controller(peer, message)
+        elif not isinstance(message, messages.Hello) or self._met(peer, message):
+            self._to_controller(peer, message)
+
+    def _met(self, peer: Peer, hello: messages.Hello) -> bool:
+        """Somebody has dialed; False if nobody wants them."""
+        if hello.role == "agent":
+            self._agents.hello(peer, hello)
+        return hello.role != "replica" or self._greet(peer, hello)
 
     def _reported(self, peer: Peer, message: messages.Report | messages.Health) -> None:
         known = self._known.get(peer.id)

@@ -1,0 +1,126 @@
+"""How a process that takes part in Ray reaches an instance there: a home (wire/home.py), and its actors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from headgate.engine import cluster
+from headgate.engine.ray_records import STORE, Origin, Records
+from headgate.errors import InstanceError, ReplicaDied
+
+_KNOWN = 10_000  # replicas whose actors a process remembers
+_LOOK_S = 0.05  # how soon a process that found nobody looks again where the controller is
+
+
+class ClusterHome:
+    """The home (wire/home.py) of a process that takes part in Ray.
+
+    when_over   called on some thread once the controller is gone for good
+    """
+
+    def __init__(self, origin: Origin, when_over: Callable[[], None] | None = None) -> None:
+        self.origin = origin
+        self.key = f"ray:{origin.scope}"
+        self.token = origin.token
+        self.node = cluster.node_id()
+        self.actors = RayActors(origin.scope, self.node)
+        self._records = Records(origin.scope)
+        self._over = False
+        self._when_over = when_over
+        self._told: list[Callable[[], None]] = []
+
+    async def find(self, error: Exception | None) -> str | None:
+        """Where the controller listens; None once the instance is over."""
+        if error is not None:
+            await asyncio.sleep(_LOOK_S)
+        if self._over:
+            return None
+        try:
+            meeting = await cluster.apart(self._records.meeting, timeout_s=cluster.KV_S)
+        except TimeoutError:
+            raise OSError("the cluster's key-value store does not answer") from None
+        if meeting is None:
+            return None
+        return meeting.unix if meeting.node == self.node else meeting.tcp
+
+    def watch(self, then: Callable[[], None]) -> None:
+        """Call `then()` on some thread once the instance is over."""
+        self._told.append(then)
+        if self._over:
+            then()
+        elif len(self._told) == 1:
+            cluster.watch_controller(self.origin.scope, self._is_over)
+
+    def read_blob(self, path: str) -> bytes:
+        """The content behind "ray:<name>", which Store.path gave."""
+        found = self._records.get(STORE + path.partition(":")[2])
+        if found is None:
+            raise FileNotFoundError(path)
+        return found
+
+    def _is_over(self) -> None:
+        self._over = True
+        for then in self._told:
+            then()
+        if self._when_over is not None:
+            self._when_over()
+
+
+def home(key: str) -> ClusterHome:
+    """The home of the instance whose key is "ray:<scope>". InstanceError if it does not run."""
+    scope = key.partition(":")[2]
+    if not cluster.is_initialized():
+        raise InstanceError(
+            f"the instance {scope!r} runs on a Ray cluster, and this process takes part in none; "
+            "call ray.init(...) first"
+        )
+    origin = Records(scope).origin()
+    if origin is None:
+        raise InstanceError(f"the instance {scope!r} does not run on this cluster any more; start a new one")
+    return ClusterHome(origin)
+
+
+class RayActors:
+    """`handle.remote()` on Ray: the calls of actors that carry a reservation (headgate/reservations.py)."""
+
+    def __init__(self, scope: str, node: str) -> None:
+        self._scope = scope
+        self._node = node
+        self._replicas: dict[str, Any] = {}
+        self._couriers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    is_ref = staticmethod(cluster.is_ref)
+    get = staticmethod(cluster.get)
+    wait = staticmethod(cluster.wait)
+
+    def serve(self, replica_id: str, token: int, data: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a replica with the arguments of a reserved request: the ref of its result."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            replica = cluster.find(self._scope, replica_id)
+            if replica is None:
+                raise ReplicaDied(f"replica {replica_id} is gone")
+            if len(self._replicas) >= _KNOWN:
+                self._replicas.clear()
+            self._replicas[replica_id] = replica
+        return replica.serve.remote(token, data, kwargs)
+
+    def courier(
+        self, key: str, endpoint: str, missing_ok: bool, options: dict[str, Any], data: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Call an endpoint with arguments that Ray resolves first: the ref of its result."""
+        with self._lock:
+            courier = self._couriers.get(key)
+            if courier is None:
+                courier = self._couriers[key] = cluster.start_courier(key, self._node)
+                cluster.when_over(courier.forever.remote(), lambda why, for_good: self._drop(key, for_good))
+        return courier.call.remote(endpoint, missing_ok, options, list(kwargs), data, *kwargs.values())
+
+    def _drop(self, key: str, for_good: bool) -> None:
+        if for_good:
+            self._couriers.pop(key, None)
