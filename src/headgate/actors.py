@@ -92,7 +92,7 @@ class AgentActor:
         _begin(self._origin, "agent")
         self._node = Node(self._origin, cluster.node_id(), cluster.node_address())
         self._raylet = os.getppid()
-        cluster.watch_controller(self._origin.scope, self._over)
+        cluster.ControllerWatch(self._origin.scope, self._over).begin()
 
     async def open(self, port: int, meeting: bytes) -> str:
         """Have the supervisor run, with a listener on `port`: the URL of the proxy to be."""
@@ -136,7 +136,7 @@ class ReplicaActor:
 
         self._origin = ray_records.unpack_origin(origin)
         _begin(self._origin, "replica", backend, id)
-        home = ClusterHome(self._origin, when_over=self._over)
+        self._home = home = ClusterHome(self._origin, when_over=self._over)
         name = f"{self._origin.instance}-{id}"
         place = Place(
             home=home,
@@ -173,6 +173,7 @@ class ReplicaActor:
         """End once the answers that are under way have been sent."""
         if self._leaving is not None:
             self._leaving.set()
+        self._home.unwatch()
         cluster.exit_actor()
 
     def _run(self) -> None:

@@ -44,7 +44,7 @@ class LaunchedOnRay:
         self._actor = actor
         self._owns_ray = owns_ray
         self._gone = threading.Event()
-        cluster.watch_controller(origin.scope, self._gone.set)
+        cluster.ControllerWatch(origin.scope, self._gone.set).begin()
 
     def kill(self, number: int = 0) -> None:
         """End the controller at once, for good; the others end when they see it."""

@@ -336,24 +336,41 @@ def when_over(answer: Any, then: Callable[[str, bool], None]) -> None:
     answer.future().add_done_callback(look)
 
 
-def watch_controller(scope: str, then: Callable[[], None]) -> None:
-    """Call `then()` on some thread once the controller is gone for good; never while it is only restarted."""
+class ControllerWatch:
+    """Calls `then()` on some thread once a controller is gone for good; never while it is only restarted."""
 
-    def look(why: str, for_good: bool) -> None:
-        if for_good:
-            then()
+    def __init__(self, scope: str, then: Callable[[], None]) -> None:
+        self._scope = scope
+        self._then = then
+        self._call: Any = None
+        self._over = False
+
+    def begin(self) -> None:
+        """Look at the controller from now on."""
+        if self._over or not ray.is_initialized():
+            return
+        controller = find(self._scope, CONTROLLER)
+        if controller is None:
+            self._then()
         else:
-            timer = threading.Timer(_AGAIN_S, watch_controller, (scope, then))
+            self._call = controller.forever.remote()
+            when_over(self._call, self._look)
+
+    def _look(self, why: str, for_good: bool) -> None:
+        if self._over:
+            return
+        if for_good:
+            self._then()
+        else:
+            timer = threading.Timer(_AGAIN_S, self.begin)
             timer.daemon = True
             timer.start()
 
-    if not ray.is_initialized():
-        return
-    controller = find(scope, CONTROLLER)
-    if controller is None:
-        then()
-    else:
-        when_over(controller.forever.remote(), look)
+    def end(self) -> None:
+        """Stop looking. A worker whose calls are not answered cannot leave Ray in an orderly way."""
+        self._over = True
+        if self._call is not None:
+            ray.cancel(self._call)
 
 
 def _cause(error: BaseException) -> str:

@@ -32,6 +32,7 @@ class ClusterHome:
         self._over = False
         self._when_over = when_over
         self._told: list[Callable[[], None]] = []
+        self._watch: cluster.ControllerWatch | None = None
 
     async def find(self, error: Exception | None) -> str | None:
         """Where the controller listens; None once the instance is over."""
@@ -53,7 +54,13 @@ class ClusterHome:
         if self._over:
             then()
         elif len(self._told) == 1:
-            cluster.watch_controller(self.origin.scope, self._is_over)
+            self._watch = cluster.ControllerWatch(self.origin.scope, self._is_over)
+            self._watch.begin()
+
+    def unwatch(self) -> None:
+        """The end of `watch`."""
+        if self._watch is not None:
+            self._watch.end()
 
     def read_blob(self, path: str) -> bytes:
         """The content behind "ray:<name>", which Store.path gave."""
