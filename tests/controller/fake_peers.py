@@ -42,6 +42,8 @@ class FakePeer:
         if isinstance(message, messages.Publish):
             self.snapshots.append(msgspec.msgpack.decode(message.snapshot, type=Snapshot))
             self.say(messages.Ack(message.version))
+        elif isinstance(message, messages.Fence):
+            self.say(messages.Fenced(message.number))
         elif isinstance(message, messages.Ping):
             self.say(messages.Pong())
         elif isinstance(message, messages.Response):

@@ -38,6 +38,14 @@ class World:
     def hears(self, peer: FakePeer, message: Any) -> None:
         if isinstance(message, messages.Ack):
             self.publisher.acked(peer, message.version)
+        elif isinstance(message, messages.Fenced):
+            self.publisher.fenced(peer, message.number)
+
+    def replica(self, id: str = "b#1", *, silent: bool = False) -> FakePeer:
+        replica = FakePeer("replica", id, self.hears)
+        replica.silent = silent
+        self.publisher.join_replica(replica)
+        return replica
 
 
 def listing(*ids: str) -> Snapshot:
@@ -115,16 +123,14 @@ def test_whoever_joins_before_the_first_gets_nothing_yet() -> None:
 def test_a_silent_client_is_fenced_after_two_seconds_until_it_has_caught_up() -> None:
     async def main() -> None:
         world = World()
-        replica = FakePeer("replica", "b#1")
-        world.publisher.join_replica(replica)
+        replica = world.replica()
         client = world.peer(id="slow", silent=True)
         version = world.publisher.publish(listing("b#1"))
         await world.publisher.in_force(version)
 
         assert now() == PATIENCE_S
         assert replica.fences() == [{}, {"slow": version}]
-        newcomer = FakePeer("replica", "b#2")
-        world.publisher.join_replica(newcomer)
+        newcomer = world.replica("b#2")
         assert newcomer.fences() == [{"slow": version}]
 
         client.silent = False
@@ -136,11 +142,44 @@ def test_a_silent_client_is_fenced_after_two_seconds_until_it_has_caught_up() ->
     on_virtual_time(main())
 
 
+def test_a_change_is_in_force_only_when_replicas_have_their_fences() -> None:
+    """Else what a frozen process does first when it wakes could still be taken by a replica of the old split."""
+
+    async def main() -> None:
+        world = World()
+        quick, slow = world.replica("b#1"), world.replica("b#2", silent=True)
+        world.peer(id="frozen", silent=True)
+        waiter = asyncio.ensure_future(world.publisher.in_force(world.publisher.publish(listing("b#1"))))
+        await asyncio.sleep(PATIENCE_S + 0.1)
+        assert quick.fences() == slow.fences() == [{}, {"frozen": 1}]
+        assert not waiter.done()
+        slow.silent = False
+        slow.say(messages.Fenced(1))
+        await waiter
+        assert now() < PATIENCE_S + 0.2
+
+    on_virtual_time(main())
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_replica_that_does_not_take_a_fence_holds_up_nobody_for_long(leaves: bool) -> None:
+    async def main() -> None:
+        world = World()
+        replica = world.replica(silent=True)
+        world.peer(id="frozen", silent=True)
+        version = world.publisher.publish(listing("b#1"))
+        if leaves:
+            asyncio.get_running_loop().call_later(PATIENCE_S + 0.5, world.publisher.leave, replica)
+        await world.publisher.in_force(version)
+        assert now() == (PATIENCE_S + 0.5 if leaves else 2 * PATIENCE_S)
+
+    on_virtual_time(main())
+
+
 def test_a_fenced_client_that_leaves_is_fenced_no_more() -> None:
     async def main() -> None:
         world = World()
-        replica = FakePeer("replica", "b#1")
-        world.publisher.join_replica(replica)
+        replica = world.replica()
         client = world.peer(id="slow", silent=True)
         await world.publisher.in_force(world.publisher.publish(listing("b#1")))
         world.publisher.leave(client)
@@ -171,8 +210,7 @@ def test_a_silent_proxy_is_reported_once_and_waited_for_until_it_is_gone() -> No
 def test_each_snapshot_has_its_own_two_seconds() -> None:
     async def main() -> None:
         world = World()
-        replica = FakePeer("replica", "b#1")
-        world.publisher.join_replica(replica)
+        replica = world.replica()
         client = world.peer(id="slow", silent=True)
         world.publisher.publish(listing("b#1"))
         await asyncio.sleep(1.5)
@@ -284,8 +322,7 @@ def test_a_replica_is_told_the_fences_when_it_comes_back() -> None:
 
     async def main() -> None:
         world = World()
-        replica = FakePeer("replica", "b#1")
-        world.publisher.join_replica(replica)
+        replica = world.replica()
         assert replica.fences() == [{}]
 
     on_virtual_time(main())

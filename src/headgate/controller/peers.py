@@ -42,6 +42,8 @@ class Peers:
                 self._controller.publisher.join(peer)
             case messages.Ack(version):
                 self._controller.publisher.acked(peer, version)
+            case messages.Fenced(number):
+                self._controller.publisher.fenced(peer, number)
             case messages.Request():
                 self._calls.answer(peer, self._connected.get(peer, LOCAL), message)
             case _:  # Pong: that it came is all it says

@@ -75,6 +75,8 @@ class Publisher:
         self._listed: deque[tuple[int, frozenset[str]]] = deque([(first, frozenset())])
         self._followers: dict[PeerLike, _Follower] = {}
         self._replicas: set[PeerLike] = set()
+        self._fence_number = 0
+        self._unfenced: dict[PeerLike, int] = {}  # replicas that have not said that the newest fence is in force
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -126,11 +128,13 @@ class Publisher:
     def join_replica(self, peer: PeerLike) -> None:
         """`peer` is a replica: it is to hear which processes are fenced."""
         self._replicas.add(peer)
-        peer.tell(messages.Fence(self._fences()))
+        self._tell_fence(peer)
 
     def leave(self, peer: PeerLike) -> None:
         """The connection of `peer` has ended."""
         self._replicas.discard(peer)
+        if self._unfenced.pop(peer, 0):
+            self._settle()
         follower = self._followers.pop(peer, None)
         if follower is None:
             return
@@ -154,8 +158,15 @@ class Publisher:
         self._settle()
         self._on_change()
 
+    def fenced(self, peer: PeerLike, number: int) -> None:
+        """The fence of that number is in force in the replica `peer`, or it has had time enough to say so."""
+        if number >= self._unfenced.get(peer, number + 1):
+            del self._unfenced[peer]
+            self._settle()
+
     def close(self) -> None:
         """Stop watching; whoever waits is let go."""
+        self._unfenced.clear()
         self._followers.clear()
         self._settle()
 
@@ -183,7 +194,7 @@ class Publisher:
                 waiter.set_result(None)
 
     def _is_behind(self, version: int) -> bool:
-        return any(
+        return bool(self._unfenced) or any(
             one.pending and one.pending[0][0] <= version and not one.fence for one in self._followers.values()
         )
 
@@ -216,6 +227,13 @@ class Publisher:
         return {one.peer.id: one.fence for one in self._followers.values() if one.fence}
 
     def _tell_fences(self) -> None:
-        fence = messages.Fence(self._fences())
+        self._fence_number += 1
         for peer in self._replicas:
-            peer.tell(fence)
+            self._tell_fence(peer)
+
+    def _tell_fence(self, peer: PeerLike) -> None:
+        fences, number = self._fences(), self._fence_number
+        peer.tell(messages.Fence(fences, number))
+        if fences:  # where it is lifted nobody waits
+            self._unfenced[peer] = number
+            asyncio.get_running_loop().call_later(PATIENCE_S, self.fenced, peer, number)

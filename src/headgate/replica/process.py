@@ -82,6 +82,7 @@ class Replica:
         self._inbox: queue.SimpleQueue[messages.Assign] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of `report`, which the control thread repeats on a reconnect
         self._early: list[messages.FromController] = []  # came before there was a worker
+        self._fences: dict[str, int] = {}
         self._config_version = 0
         self._acceptor: Acceptor | None = None
 
@@ -94,10 +95,19 @@ class Replica:
     def _message(self, message: messages.FromController) -> None:
         if isinstance(message, messages.Assign):
             self._inbox.put(message)
+        elif isinstance(message, messages.Fence):
+            self._fence(message)
         elif self.worker is None:
             self._early.append(message)
         else:
             self.loop.call_soon_threadsafe(self._command, message)
+
+    def _fence(self, fence: messages.Fence) -> None:
+        """In force when it is answered, however busy the loop is: nothing waits for that."""
+        self._fences = fence.peers
+        if self.worker is not None:
+            self.worker.fence(fence.peers)
+        self.instance.control.tell(messages.Fenced(fence.number))
 
     def say(self, **changes: Any) -> None:
         """Report a change of state."""
@@ -223,6 +233,7 @@ class Replica:
             facts=self.loaded.facts, config_version=self.spec.config_version,
         )  # fmt: skip
         self.worker = worker
+        worker.fence(self._fences)
         for message in self._early:
             self._command(message)
 
@@ -268,8 +279,6 @@ class Replica:
         if isinstance(message, messages.Drain):
             self.say(phase="draining")
             worker.drain()
-        elif isinstance(message, messages.Fence):
-            worker.fence(message.peers)
         elif isinstance(message, messages.Configure):
             worker.configure(message.settings)
             if message.config_version != self._config_version:

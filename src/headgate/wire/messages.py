@@ -95,6 +95,12 @@ class Pong(Struct, frozen=True, tag="pong", array_like=True):
     """The answer to `Ping`."""
 
 
+class Fenced(Struct, frozen=True, tag="fenced", array_like=True):
+    """The Fence of that number is in force in this replica."""
+
+    number: int
+
+
 class Answer(Struct, frozen=True, tag="answer", array_like=True):
     """A node's agent hands on what its supervisor said (engine/asks.py)."""
 
@@ -132,12 +138,13 @@ class Drain(Struct, frozen=True, tag="drain", array_like=True):
 
 
 class Fence(Struct, frozen=True, tag="fence", array_like=True):
-    """Refuse calls from these processes until a later Fence no longer names them.
+    """Refuse calls from these processes until a later Fence no longer names them; answered with `Fenced`.
 
     peers   process id (Hello.id) -> the snapshot version that it has to follow first
     """
 
     peers: dict[str, int]
+    number: int = 0
 
 
 class Publish(Struct, frozen=True, tag="publish", array_like=True):
@@ -165,7 +172,7 @@ class Goodbye(Struct, frozen=True, tag="goodbye", array_like=True):
     timeout_s: float = 20.0
 
 
-ToController = Hello | Follow | Ack | Request | Report | Health | Pong | Answer
+ToController = Hello | Follow | Ack | Request | Report | Health | Pong | Fenced | Answer
 FromController = Ask | Assign | Configure | Drain | Fence | Publish | Response | Ping | Goodbye
 
 encode = msgspec.msgpack.Encoder().encode
