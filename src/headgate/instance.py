@@ -76,7 +76,7 @@ class Instance:
         """Start the headgate thread and connect. Raises InstanceError if nobody listens, and TimeoutError."""
         self.thread.start()
         try:
-            self.control = self.thread.connect(self._client(report, on_message), timeout_s)
+            self.thread.connect(self._client(report, on_message), timeout_s)
         except BaseException:
             self.thread.stop()
             raise
@@ -103,9 +103,14 @@ class Instance:
 
         find, token = self.home.find, self.home.token
         hello = _hello(self.role, self.name, self.node, self._following, report)
-        return lambda: ControlClient(
-            find, token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone
-        )
+
+        def make() -> ControlClient:
+            client = ControlClient(find, token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone)
+            if (instance := this()) is not None:
+                instance.control = client  # before its first message comes
+            return client
+
+        return make
 
     @property
     def snapshot(self) -> Snapshot:
