@@ -137,7 +137,7 @@ class ReplicaActor:
         self._origin = ray_records.unpack_origin(origin)
         _begin(self._origin, "replica", backend, id)
         self._home = home = ClusterHome(self._origin, when_over=self._over)
-        name = f"{self._origin.instance}-{id}"
+        name = f"{self._origin.instance}-{id.rpartition('#')[2]}"
         place = Place(
             home=home,
             id=id,

@@ -26,6 +26,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headgate.errors import InstanceError, RequestTimeout
+from headgate.wire.messages import ReplicaSpec
 
 T = TypeVar("T")
 
@@ -215,19 +216,19 @@ def start_agent(origin: bytes, scope: str, name: str, node: str) -> Any:
     )
 
 
-def start_replica(origin: bytes, scope: str, id: str, backend: str, options: Mapping[str, Any]) -> Any:
-    """Start a replica; `options` are the user's ray_actor_options."""
+def start_replica(origin: bytes, scope: str, name: str, id: str, spec: ReplicaSpec) -> Any:
+    """Start a replica of `spec`, whose resources are the user's ray_actor_options."""
     return (
         _class("headgate.actors:ReplicaActor")
         .options(
-            **{"num_cpus": 1, **options},
-            name=id,
+            **{"num_cpus": 1, **spec.resources},
+            name=name,
             namespace=scope,
             lifetime="detached",
             max_restarts=0,
             max_concurrency=_MANY,
         )
-        .remote(origin, id, backend)
+        .remote(origin, id, spec.backend)
     )
 
 

@@ -22,7 +22,7 @@ from headgate import logs
 from headgate.core import placement
 from headgate.engine import cluster, ray_agents
 from headgate.engine.interface import Event, Exited, NodesChanged, Process, Reported
-from headgate.engine.ray_records import Meeting, Origin, Records, pack
+from headgate.engine.ray_records import Meeting, Origin, Records, actor_name, pack
 from headgate.errors import HeadgateError, InstanceError
 from headgate.wire import messages
 from headgate.wire.control import Hub, Peer
@@ -40,7 +40,6 @@ LEAVE_S = 1.0
 _START_S = 10.0
 _CLOSE_S = 10.0
 _BLOCK = 100  # ids
-_SPECS = "replica/"
 _COUNT = "count"
 _decode_spec = msgspec.msgpack.Decoder(messages.ReplicaSpec).decode
 
@@ -101,12 +100,14 @@ class RayEngine:
         await self._agents.tell(agents, self._meeting)
         self._spawn(self._look())
 
-    async def _adopt(self, id: str) -> None:
-        actor = await cluster.apart(cluster.find, self._origin.scope, id)
-        stored = await cluster.apart(self._records.get, _SPECS + id)
+    async def _adopt(self, name: str) -> None:
+        actor = await cluster.apart(cluster.find, self._origin.scope, name)
+        stored = await cluster.apart(self._records.get, name)
         if actor is None or stored is None:
             return
-        known = self._known[id] = _Replica(id, _decode_spec(stored), self._loop.time())
+        spec = _decode_spec(stored)
+        id = f"{spec.backend}#{name.rpartition('#')[2]}"
+        known = self._known[id] = _Replica(id, spec, self._loop.time())
         known.actor = actor
         self._watch(known)
 
@@ -120,9 +121,9 @@ class RayEngine:
         except (TimeoutError, OSError) as error:
             raise InstanceError(f"the cluster's head does not answer ({error or 'no word in time'})") from None
         try:
-            await cluster.apart(self._records.put, _SPECS + known.id, messages.encode(spec))
+            await cluster.apart(self._records.put, actor_name(known.id), messages.encode(spec))
             known.actor = await cluster.apart(
-                cluster.start_replica, pack(self._origin), self._origin.scope, known.id, spec.backend, spec.resources,
+                cluster.start_replica, pack(self._origin), self._origin.scope, actor_name(known.id), known.id, spec,
                 timeout_s=_START_S,
             )
         except (TimeoutError, OSError) as error:
@@ -230,7 +231,7 @@ class RayEngine:
 
     def _exited(self, known: _Replica) -> None:
         if self._known.pop(known.id, None) is not None:
-            self._spawn(self._try(self._records.remove, _SPECS + known.id))
+            self._spawn(self._try(self._records.remove, actor_name(known.id)))
             self._changed.set()
             self._tell_event(Exited(known.id, known.dead or "it ended"))
 
@@ -284,7 +285,7 @@ class RayEngine:
     async def _disown(self, id: str) -> None:
         """A replica that nobody knows any more."""
         with contextlib.suppress(TimeoutError):
-            actor = await cluster.apart(cluster.find, self._origin.scope, id)
+            actor = await cluster.apart(cluster.find, self._origin.scope, actor_name(id))
             if actor is not None:
                 await cluster.apart(cluster.kill, actor)
 

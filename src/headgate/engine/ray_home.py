@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headgate.engine import cluster
-from headgate.engine.ray_records import STORE, Origin, Records
+from headgate.engine.ray_records import STORE, Origin, Records, actor_name
 from headgate.errors import InstanceError, ReplicaDied
 
 _KNOWN = 10_000  # replicas whose actors a process remembers
@@ -109,7 +109,7 @@ class RayActors:
         """Call a replica with the arguments of a reserved request: the ref of its result."""
         replica = self._replicas.get(replica_id)
         if replica is None:
-            replica = cluster.find(self._scope, replica_id)
+            replica = cluster.find(self._scope, actor_name(replica_id))
             if replica is None:
                 raise ReplicaDied(f"replica {replica_id} is gone")
             if len(self._replicas) >= _KNOWN:

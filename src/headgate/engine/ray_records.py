@@ -52,6 +52,15 @@ unpack_origin = msgspec.msgpack.Decoder(Origin).decode
 unpack_meeting = msgspec.msgpack.Decoder(Meeting).decode
 
 
+def actor_name(id: str) -> str:
+    """The name of a replica's actor. A backend's tag may be any text; a name in Ray may not.
+
+    >>> actor_name("iris#0007")
+    'replica#0007'
+    """
+    return "replica#" + id.rpartition("#")[2]
+
+
 class Records:
     """What one instance keeps in the cluster. OSError when the cluster's head does not answer in time."""
 
