@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from headgate import eventloop, logs
-from headgate.engine import cluster, ray_agents, ray_records
+from headgate.engine import cluster, leash, ray_agents, ray_records
 from headgate.engine.node import Node
 from headgate.engine.ray_home import ClusterHome
 from headgate.errors import BackendError, HeadgateError, InstanceError
@@ -149,6 +149,7 @@ class ReplicaActor:
         )
         self._replica: Replica = Replica(place)
         self._leaving: asyncio.Event | None = None
+        os.register_at_fork(after_in_child=leash.die_with_parent)  # it is no group's leader that could be killed whole
         threading.Thread(target=self._run, name="headgate-replica", daemon=True).start()
 
     async def serve(self, token: int, data: Any, kwargs: dict[str, Any]) -> Any:

@@ -218,6 +218,9 @@ class Instance:
             if _joined.get(self.key) is self:
                 del _joined[self.key]
         self._leave()
+        close = getattr(self.home, "close", None)
+        if close is not None:
+            close()
         self._gone()
 
 

@@ -33,6 +33,9 @@ def client(shared: headgate.Client) -> Iterator[headgate.Client]:
         shared.delete_endpoint(name)
     for tag in shared.list_backends():
         shared.delete_backend(tag, force=True)
+    actors = getattr(shared._instance.home, "actors", None)
+    if actors is not None:
+        actors.close()  # its couriers would be left behind by this test
 
 
 @pytest.fixture

@@ -30,6 +30,23 @@ from headgate.wire.messages import ReplicaSpec
 
 T = TypeVar("T")
 
+
+def _know_the_same_classes() -> None:
+    """Have Ray's copy of cloudpickle know the classes that ours made or packed, and the other way round.
+
+    A class of `__main__` travels by value and is recognised where it came from, by each copy only if that one
+    packed it. A replica's classes come by ours, and its results and errors go by Ray's.
+    """
+    ours, rays = import_module("cloudpickle.cloudpickle"), import_module("ray.cloudpickle.cloudpickle")
+    for name in ("_DYNAMIC_CLASS_TRACKER_BY_CLASS", "_DYNAMIC_CLASS_TRACKER_BY_ID"):
+        known = getattr(ours, name, None)
+        if known is not None and hasattr(rays, name):
+            known.update(getattr(rays, name))
+            setattr(rays, name, known)
+
+
+_know_the_same_classes()
+
 #: The longest that a call of the key-value store may take.
 KV_S = 2.0
 #: The longest that any other call may take that only asks.
@@ -399,9 +416,18 @@ def is_ref(value: object) -> bool:
 
 
 def get(refs: list[Any], timeout: float | None) -> list[Any]:
-    """The values. RequestTimeout after `timeout` seconds; raises what the first one ended with."""
+    """The values. RequestTimeout after `timeout` seconds.
+
+    Raises what the first one ended with: the user's own exception, with Ray's, which tells where it came from,
+    as its cause.
+    """
     try:
         found: list[Any] = ray.get(refs, timeout=timeout)
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if not isinstance(cause, Exception):
+            raise
+        raise cause from error
     except ray.exceptions.GetTimeoutError:
         raise RequestTimeout(
             f"{len(refs)} results were not all there within {timeout:g} s; the requests go on"

@@ -42,13 +42,18 @@ def adopt_orphans() -> None:
     _control(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends."""
+    _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def put_on(parent: int, pipe: int) -> None:
     """First act of a child of process `parent`: own process group, and death with the parent.
 
     pipe   the read end of a pipe whose write end `parent` alone will hold
     """
     os.setpgid(0, 0)
-    _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:  # it ended between the fork and the line above
         os._exit(1)
     # A new open file description: the owner and the signal belong to it, and each child needs its own.

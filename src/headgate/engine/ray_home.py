@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,11 @@ class ClusterHome:
         if self._watch is not None:
             self._watch.end()
 
+    def close(self) -> None:
+        """This process leaves the instance."""
+        self.unwatch()
+        self.actors.close()
+
     def read_blob(self, path: str) -> bytes:
         """The content behind "ray:<name>", which Store.path gave."""
         found = self._records.get(STORE + path.partition(":")[2])
@@ -81,10 +87,13 @@ def home(key: str) -> ClusterHome:
     """The home of the instance whose key is "ray:<scope>". InstanceError if it does not run."""
     scope = key.partition(":")[2]
     if not cluster.is_initialized():
-        raise InstanceError(
-            f"the instance {scope!r} runs on a Ray cluster, and this process takes part in none; "
-            "call ray.init(...) first"
-        )
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address:
+            raise InstanceError(
+                f"the instance {scope!r} runs on a Ray cluster, and this process takes part in none; "
+                "call ray.init(...) first, or set RAY_ADDRESS"
+            )
+        cluster.join(address)
     origin = Records(scope).origin()
     if origin is None:
         raise InstanceError(f"the instance {scope!r} does not run on this cluster any more; start a new one")
@@ -131,3 +140,10 @@ class RayActors:
     def _drop(self, key: str, for_good: bool) -> None:
         if for_good:
             self._couriers.pop(key, None)
+
+    def close(self) -> None:
+        """End the couriers, and with them the calls that they carry."""
+        with self._lock:
+            couriers, self._couriers = self._couriers, {}
+        for courier in couriers.values():
+            cluster.kill(courier)

@@ -28,7 +28,7 @@ class Home(Protocol):
     node    of this process: "local", or a Ray node id
 
     A home may have `watch(on_over: Callable[[], None])` too: it calls `on_over` on any thread once
-    it knows that the instance is over.
+    it knows that the instance is over; and `close()`, for what it holds of the instance for this process.
     """
 
     key: str
