@@ -209,6 +209,24 @@ def another(client: headgate.Client, old: int) -> bool:
 # --- the controller ---
 
 
+def test_a_killed_supervisor_of_a_node_is_started_again_on_the_same_port(client: headgate.Client) -> None:
+    before = client.status().proxies[0].pid
+    supervisor = int(Path("/proc", str(before), "stat").read_text().rpartition(")")[2].split()[1])
+    handle = client.get_handle("it")
+    os.kill(supervisor, signal.SIGKILL)
+    eventually(lambda: not is_alive(before))
+    assert handle.call() == "done"  # handles never went that way
+
+    def answers() -> bool:
+        try:
+            return bool(httpx.get(f"{client.http_address}/it").status_code == 200)
+        except httpx.TransportError:
+            return False
+
+    eventually(answers, 30)
+    assert client.status().proxies[0].pid != before
+
+
 def test_a_killed_controller_fails_no_request_and_keeps_all_replicas(client: headgate.Client) -> None:
     before = pids(client)
     (proxy,) = client.status().proxies
