@@ -64,7 +64,7 @@ class ControllerActor:
         except BaseException as error:
             log.exception("the controller failed")
             self._tell(error)
-            if not isinstance(error, HeadgateError):
+            if cluster.is_second_life() or not isinstance(error, HeadgateError):
                 os._exit(1)  # Ray makes another, which goes on from what is stored
         else:
             cluster.kill_me(self._origin.scope, cluster.CONTROLLER)
@@ -91,7 +91,8 @@ class AgentActor:
         self._lock = threading.Lock()
         _begin(self._origin, "agent")
         self._node = Node(self._origin, cluster.node_id(), cluster.node_address())
-        self._raylet = os.getppid()
+        self._raylet = cluster.raylet_pid()
+        threading.Thread(target=self._follow_newest, daemon=True).start()
         cluster.ControllerWatch(self._origin.scope, self._over).begin()
 
     async def open(self, port: int, meeting: bytes) -> str:
@@ -105,6 +106,13 @@ class AgentActor:
     async def follow(self, meeting: bytes) -> None:
         """The controller listens elsewhere now."""
         await asyncio.to_thread(self._node.follow, ray_records.unpack_meeting(meeting))
+
+    def _follow_newest(self) -> None:
+        """Where the controller listens now; an agent of a second life may have missed it."""
+        with contextlib.suppress(OSError):
+            meeting = ray_records.Records(self._origin.scope).meeting()
+            if meeting is not None:
+                self._node.follow(meeting)
 
     async def end(self) -> None:
         """End the supervisor and its processes."""
@@ -121,7 +129,7 @@ class AgentActor:
     def _over(self) -> None:
         def end() -> None:
             self._end()
-            _forget(self._origin.scope)
+            _forget(self._origin)
             cluster.kill_me(self._origin.scope, ray_agents.name_of(cluster.node_id()))
 
         threading.Thread(target=end, daemon=True).start()
@@ -185,7 +193,7 @@ class ReplicaActor:
             os._exit(1)
 
     def _over(self) -> None:
-        _forget(self._origin.scope)
+        _forget(self._origin)
         os._exit(0)
 
 
@@ -226,10 +234,12 @@ def _begin(origin: ray_records.Origin, role: str, backend: str = "", id: str = "
             os.chdir(origin.cwd)
 
 
-def _forget(scope: str) -> None:
-    """What an instance that is over still has in the cluster's store."""
+def _forget(origin: ray_records.Origin) -> None:
+    """What an instance that is over still has in the cluster's store, unless its name is another's by now."""
+    records = ray_records.Records(origin.scope)
     with contextlib.suppress(OSError):
-        ray_records.Records(scope).clear()
+        if records.origin() == origin:
+            records.clear()
 
 
 def _portable(error: BaseException) -> BaseException:

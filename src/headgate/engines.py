@@ -122,9 +122,9 @@ def _detached_here(namespace: str) -> Home:
 
 def _detached_on_ray(namespace: str) -> Home:
     from headgate import launch_ray
-    from headgate.engine import cluster, ray_home
+    from headgate.engine import cluster, ray_access, ray_home
 
-    launch_ray.take_part()
+    ray_access.take_part(may_start=False)
     scope = launch_ray.scope_of(namespace)
     if not cluster.is_alive(scope):
         raise _none_runs(namespace, "on this Ray cluster")

@@ -16,7 +16,7 @@ import threading
 import warnings
 from typing import TYPE_CHECKING
 
-from headgate import logs, params
+from headgate import params
 from headgate.engine import cluster, ray_access
 from headgate.engine.ray_home import ClusterHome
 from headgate.engine.ray_records import Origin, pack
@@ -25,8 +25,6 @@ from headgate.launch import portable
 
 if TYPE_CHECKING:
     from headgate.config import HTTPOptions
-
-log = logs.get("ray")
 
 #: The longest that the controller's actor may take to be there.
 START_S = 60.0
@@ -68,35 +66,16 @@ def launch(options: HTTPOptions, namespace: str, detached: bool, insecure: bool)
 
     Raises InstanceError, and leaves nothing then.
     """
-    owns_ray = take_part()
+    was_there = cluster.is_initialized()
+    owns_ray = ray_access.take_part(may_start=not detached)
     try:
         _check_open(insecure)
         origin = _origin(options, namespace, detached)
         return LaunchedOnRay(origin, _start(origin), owns_ray)
     except BaseException:
-        if owns_ray:
+        if not was_there:
             cluster.leave()
         raise
-
-
-def take_part() -> bool:
-    """Have this process take part in Ray; True if it started a cluster of its own for that."""
-    if cluster.is_initialized():
-        return False
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
-        log.info("RAY_ADDRESS is not set: Ray is started on this machine, and ends with this process")
-        cluster.start_local()
-        return True
-    if "://" in address:
-        raise InstanceError(
-            f"RAY_ADDRESS={address}: a process outside of the cluster cannot start or reach instances there; run the "
-            "program on one of its nodes, with RAY_ADDRESS=auto, or submit it as a job"
-        )
-    if address != "auto":
-        ray_access.check_token(address)
-    cluster.join(address)
-    return False
 
 
 def _check_open(insecure: bool) -> None:
@@ -131,6 +110,7 @@ def _origin(options: HTTPOptions, namespace: str, detached: bool) -> Origin:
         token=os.urandom(32),
         detached=detached,
         home=cluster.node_id(),
+        address=cluster.node_address(),
         http=portable(options),
         middlewares=params.pack("http_options: middlewares", options.middlewares) if options.middlewares else b"",
         path=tuple(os.path.abspath(entry) for entry in sys.path),

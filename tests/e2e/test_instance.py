@@ -166,7 +166,7 @@ def no_middleware(app: Any) -> Any:
 def test_a_proxy_that_does_not_start_is_an_error(run_dir: Path) -> None:
     with pytest.raises(InstanceError, match="did not start"):
         headgate.start(http_options={"port": 0, "middlewares": [Middleware(no_middleware)]})
-    assert folders(run_dir) == []
+    eventually(lambda: folders(run_dir) == [], 5.0 if on_ray() else 0.0)  # on Ray, an agent's
 
 
 def test_instances_live_side_by_side() -> None:
@@ -192,7 +192,7 @@ def test_shutdown_ends_everything_and_may_be_repeated() -> None:
     assert len(pids) == (4 if on_ray() else 5)  # replicas and controller, and an agent, or proxy and supervisor
     assert client.shutdown() is None
     assert is_gone(key_of(client))
-    assert not any(map(is_alive, pids))
+    eventually(lambda: not any(map(is_alive, pids)), 5.0 if on_ray() else 0.0)  # Ray's workers take their time
     client.shutdown()
     assert "shut down" in repr(client)
 
@@ -324,7 +324,8 @@ def test_a_driver_that_is_ended_by_a_signal_leaves_nothing(script: Callable[...,
     code = run.end()
     assert ended(key, pids)
     assert time.monotonic() - begun < 2.0 * slack()
-    assert code in {signal.SIGTERM: {143}, signal.SIGINT: {130, -2}, signal.SIGKILL: {-9}}[signal.Signals(number)]
+    interrupted = {130, -2, 1} if on_ray() else {130, -2}
+    assert code in {signal.SIGTERM: {143}, signal.SIGINT: interrupted, signal.SIGKILL: {-9}}[signal.Signals(number)]
 
 
 def test_a_handler_of_the_users_for_sigterm_stays(script: Callable[..., Script]) -> None:
@@ -377,6 +378,7 @@ def test_start_works_in_a_thread() -> None:
     assert is_gone(key_of(found[1]))
 
 
+@pytest.mark.local("ray.init needs a working directory")
 def test_start_works_where_the_working_directory_was_deleted(script: Callable[..., Script]) -> None:
     run = script("import os, tempfile\nos.chdir(tempfile.mkdtemp()); os.rmdir(os.getcwd())\n" + SCRIPT)
     assert int(run.output().split()[1]) > 0
@@ -751,7 +753,7 @@ def test_a_controller_that_gives_no_sign_of_life_is_an_error_until_it_does(detac
         with pytest.raises(ControllerUnavailable, match="create_backend"):
             change.result()
         assert b"no sign of life" in stranger.result().stdout
-        assert 4.0 < time.monotonic() - begun < 8.0
+        assert 4.0 < time.monotonic() - begun < (20.0 if on_ray() else 8.0)  # joining a cluster takes seconds
         assert handle.call() == replica  # requests do not need it
     assert set(detached.list_backends()) <= {"it", "late"}
     with contextlib.suppress(ConfigError):  # it happened

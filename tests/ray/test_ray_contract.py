@@ -53,8 +53,9 @@ def play() -> Iterator[Play]:
 
     name = os.urandom(4).hex()
     origin = ray_records.Origin(
-        f"headgate-{name}", name, "default", os.urandom(32), False, cluster.node_id(), portable(HTTPOptions(port=0))
-    )
+        f"headgate-{name}", name, "default", os.urandom(32), False,
+        cluster.node_id(), cluster.node_address(), portable(HTTPOptions(port=0)),
+    )  # fmt: skip
     records = ray_records.Records(origin.scope)
     records.put("origin", ray_records.pack(origin))
     actor = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
@@ -57,11 +59,11 @@ def after():
 def proxies():
     return sorted(one.address for one in client.status().proxies if one.state == "ready")
 
-print("ready", flush=True)
+print(">ready", flush=True)
 for line in sys.stdin:
-    print(json.dumps(globals()[line.strip()]()), flush=True)
+    print(">" + json.dumps(globals()[line.strip()]()), flush=True)
 client.shutdown()
-print("down", flush=True)
+print(">down", flush=True)
 """
 
 
@@ -82,14 +84,14 @@ class Driver:
             )
 
     def line(self) -> str:
+        """The next one that the script itself prints: Ray prints too."""
         assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line, self.errors.read_text()[-3000:]
-        return line.strip()
+        while line := self.process.stdout.readline():
+            if line.startswith(">"):
+                return line[1:].strip()
+        raise AssertionError(self.errors.read_text()[-3000:])
 
-    def ask(self, what: str) -> object:
-        import json
-
+    def ask(self, what: str) -> Any:
         assert self.process.stdin
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
@@ -100,6 +102,11 @@ class Driver:
         self.process.stdin.close()
         assert self.line() == "down"
         assert self.process.wait(30) == 0, self.errors.read_text()[-3000:]
+
+    def close(self) -> None:
+        self.process.kill()
+        with self.process:  # closes the pipes
+            pass
 
 
 @pytest.fixture
@@ -122,7 +129,7 @@ def test_an_instance_spans_two_hosts_and_survives_the_loss_of_one(hosts: Hosts, 
         assert driver.ask("proxies") == [f"http://{ADDRESSES[host]}:8000" for host in (1, 2)]
 
         hosts.cut(2)
-        seen, slowest = driver.ask("after")  # type: ignore[misc]
+        seen, slowest = driver.ask("after")
         assert seen.get(ADDRESSES[1], 0) > 100, seen
         assert sum(count for answer, count in seen.items() if answer != ADDRESSES[1]) <= 20, seen
         assert slowest < 10.0, seen
@@ -130,5 +137,4 @@ def test_an_instance_spans_two_hosts_and_survives_the_loss_of_one(hosts: Hosts, 
         assert driver.ask("proxies") == [f"http://{ADDRESSES[1]}:8000"]
         driver.end()
     finally:
-        driver.process.kill()
-        driver.process.wait()
+        driver.close()

@@ -8,6 +8,7 @@ nobody was left to remove it, with the next start of any.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
@@ -24,6 +25,11 @@ from headgate.wire import address
 from headgate.wire.control import Hub
 
 log = logs.get("controller")
+
+#: The record that says that a shutdown was begun.
+_OVER = "over"
+_TRIES = 5
+_SWEEP_S = 60.0
 
 
 class KeyValueShelf(Shelf):
@@ -57,8 +63,10 @@ async def control(origin: Origin, listening: Callable[[], None]) -> None:
     listening   called once others may connect
     """
     records = Records(origin.scope)
-    await cluster.apart(_sweep, origin.scope)
     before = await cluster.apart(_take_over, records, origin)
+    if before is not None and await cluster.apart(records.has, _OVER):
+        await _clear(records)  # this one's predecessor died in the middle of its end
+        return
     listeners = _listen(origin, before)
     unix, tcp = (address.address_of(each) for each in listeners)
     meeting = Meeting(unix, tcp, cluster.node_id(), before.incarnation + 1 if before else 1)
@@ -67,11 +75,29 @@ async def control(origin: Origin, listening: Callable[[], None]) -> None:
     engine = RayEngine(origin, hub, meeting)
     location = origin.http.get("location") if origin.http.get("host") is not None else None
     listening()
+    sweeping = asyncio.get_running_loop().create_task(_sweep_apart(origin.scope))
     await serve(
         engine, Store(KeyValueShelf(records)), hub, incarnation=meeting.incarnation, location=location
     )
-    await engine.close()
-    await cluster.apart(records.clear)
+    sweeping.cancel()
+    with contextlib.suppress(OSError, TimeoutError):
+        await cluster.apart(records.put, _OVER, b"")
+        await engine.close()
+    await _clear(records)
+
+
+async def _clear(records: Records) -> None:
+    """Forget all of the instance; if the cluster's head does not answer, the next start of any does it."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(OSError, TimeoutError):
+            await cluster.apart(records.clear)
+            return
+        await asyncio.sleep(1.0)
+
+
+async def _sweep_apart(mine: str) -> None:
+    with contextlib.suppress(OSError, TimeoutError):
+        await cluster.apart(_sweep, mine, timeout_s=_SWEEP_S)
 
 
 def _take_over(records: Records, origin: Origin) -> Meeting | None:

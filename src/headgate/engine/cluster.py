@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from headgate.errors import InstanceError, RequestTimeout
+from headgate.errors import ControllerUnavailable, InstanceError, RequestTimeout
 from headgate.wire.messages import ReplicaSpec
 
 T = TypeVar("T")
@@ -106,12 +106,34 @@ def leave() -> None:
     ray.shutdown()
 
 
+def raylet_pid() -> int:
+    """The process of Ray's on this node that started this worker."""
+    return int(os.environ.get("RAY_RAYLET_PID") or os.getppid())
+
+
+def is_second_life() -> bool:
+    """Whether Ray made this actor anew after it had died."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def resolve(address: str) -> str:
+    """ "host:port" of the cluster that "auto" or an address means. InstanceError if "auto" finds none."""
+    if address != "auto":
+        return address
+    found = ray._private.services.find_gcs_addresses()
+    if not found:
+        raise InstanceError("RAY_ADDRESS=auto: no Ray runs on this machine; start a node with `ray start`")
+    return str(next(iter(found)))
+
+
 def end_with_raylet() -> None:
     """End this process when its node's raylet ends, which Ray itself does not see to if that was killed."""
-    raylet = os.getppid()
+    raylet = raylet_pid()
     try:
         fd = os.pidfd_open(raylet)
-    except OSError:
+    except OSError:  # it has ended
+        os._exit(1)
+    if os.getppid() == 1 != raylet:  # so has it, and the pid may be another process's by now
         os._exit(1)
 
     def wait() -> None:
@@ -125,7 +147,10 @@ def end_with_raylet() -> None:
 
 
 async def apart(function: Callable[..., T], *arguments: Any, timeout_s: float = ASK_S) -> T:
-    """`function(*arguments)` on a thread of its own. TimeoutError when it takes longer: it is left behind."""
+    """`function(*arguments)` on a thread of its own.
+
+    TimeoutError when it takes longer: it is left behind. OSError for what Ray itself raises.
+    """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
 
@@ -137,9 +162,12 @@ async def apart(function: Callable[..., T], *arguments: Any, timeout_s: float = 
                 answer.set_exception(error)
 
     def run() -> None:
-        value, problem = None, None
+        value: Any = None
+        problem: BaseException | None = None
         try:
             value = function(*arguments)
+        except ray.exceptions.RayError as error:
+            problem = OSError(_first_line(error))
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
             problem = error
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -211,8 +239,8 @@ def start_controller(origin: bytes, scope: str, node: str, *, detached: bool) ->
             )
             .remote(origin)
         )
-    except ValueError as error:
-        raise InstanceError(str(error)) from None
+    except (ValueError, ray.exceptions.RayError) as error:
+        raise InstanceError(_first_line(error)) from None
 
 
 def start_agent(origin: bytes, scope: str, name: str, node: str) -> Any:
@@ -264,6 +292,14 @@ def find(scope: str, name: str) -> Any:
         return ray.get_actor(name, namespace=scope)
     except ValueError:
         return None
+
+
+def find_now(scope: str, name: str) -> Any:
+    """As `find`. ControllerUnavailable when the cluster's head does not answer."""
+    try:
+        return find(scope, name)
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise ControllerUnavailable(f"the cluster's head does not answer: {_first_line(error)}") from None
 
 
 def listed(scope: str) -> list[str]:
@@ -367,7 +403,11 @@ class ControllerWatch:
         """Look at the controller from now on."""
         if self._over or not ray.is_initialized():
             return
-        controller = find(self._scope, CONTROLLER)
+        try:
+            controller = find(self._scope, CONTROLLER)
+        except (ray.exceptions.RayError, RuntimeError):  # the head is away
+            self._again()
+            return
         if controller is None:
             self._then()
         else:
@@ -380,9 +420,12 @@ class ControllerWatch:
         if for_good:
             self._then()
         else:
-            timer = threading.Timer(_AGAIN_S, self.begin)
-            timer.daemon = True
-            timer.start()
+            self._again()
+
+    def _again(self) -> None:
+        timer = threading.Timer(_AGAIN_S, self.begin)
+        timer.daemon = True
+        timer.start()
 
     def end(self) -> None:
         """Stop looking. A worker whose calls are not answered cannot leave Ray in an orderly way."""

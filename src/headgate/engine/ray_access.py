@@ -1,7 +1,8 @@
-"""Who may command a cluster: seen from a process without its token.
+"""Take part in a cluster, and see who else may.
 
-Ray does not say whether a cluster asks for a token, and with a wrong one its client tries for 20 s before it
-gives up. So a process of its own asks the cluster's head one question.
+Nobody joins or starts a Ray by accident: RAY_ADDRESS says which one. Ray does not say whether a
+cluster asks for a token, and with a wrong one its client tries for 20 s before it gives up; so a process
+of its own asks the cluster's head one question.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ import ipaddress
 import os
 import sys
 
+from headgate import logs
+from headgate.engine import cluster
 from headgate.errors import InstanceError
+
+log = logs.get("ray")
 
 _PROBE_S = 20.0
 _PROBE = """
@@ -22,6 +27,34 @@ try:
 except Exception as error:
     print("closed" if type(error).__name__ == "AuthenticationError" else repr(error))
 """
+
+
+def take_part(*, may_start: bool) -> bool:
+    """Have this process take part in the cluster that RAY_ADDRESS names; True if it started one of its own instead.
+
+    Raises InstanceError: no token or a wrong one, nobody there, or no RAY_ADDRESS and it may not start one.
+    """
+    if cluster.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        if not may_start:
+            raise InstanceError(
+                "this process takes part in no Ray cluster: call ray.init(...) first, or set RAY_ADDRESS; one that is "
+                "started here would end with this process"
+            )
+        log.info("RAY_ADDRESS is not set: Ray is started on this machine, and ends with this process")
+        cluster.start_local()
+        return True
+    if "://" in address:
+        raise InstanceError(
+            f"RAY_ADDRESS={address}: a process outside of the cluster cannot start or reach instances there; run the "
+            "program on one of its nodes, with RAY_ADDRESS=auto, or submit it as a job"
+        )
+    address = cluster.resolve(address)
+    check_token(address)
+    cluster.join(address)
+    return False
 
 
 def answers_strangers(address: str) -> bool:

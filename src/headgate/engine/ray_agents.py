@@ -69,7 +69,7 @@ class Agents:
         self._actors: dict[str, Any] = {}  # by node
         self._http: dict[str, str] = {}  # node -> URL
         self._port = int(origin.http.get("port") or 0)
-        self._opening = asyncio.Lock()  # the first one picks the port for all
+        self._opening = asyncio.Lock()
         self._listing: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
@@ -113,20 +113,26 @@ class Agents:
         return agent
 
     async def _open(self, node: str, meeting: Meeting) -> None:
-        async with self._opening:
-            try:
-                actor = await cluster.apart(
-                    cluster.start_agent, pack(self._origin), self._origin.scope, name_of(node), node
-                )
-                self._actors[node] = actor
-                answer = actor.open.remote(self._port, pack(meeting))
-                self._http[node] = url = await cluster.ask(answer, OPEN_S)
-                await cluster.apart(self._records.put, _ADDRESSES + node, url.encode())
-                if not self._port:
-                    self._port = int(url.rpartition(":")[2])
-                    await cluster.apart(self._records.put, _PORT, str(self._port).encode())
-            except (TimeoutError, OSError):
-                raise InstanceError(f"node {node[:8]} did not start its supervisor in time; try again") from None
+        if self._port:
+            await self._open_at(node, meeting)
+            return
+        async with self._opening:  # the first one picks the port for all
+            await self._open_at(node, meeting)
+
+    async def _open_at(self, node: str, meeting: Meeting) -> None:
+        try:
+            actor = await cluster.apart(
+                cluster.start_agent, pack(self._origin), self._origin.scope, name_of(node), node
+            )
+            self._actors[node] = actor
+            answer = actor.open.remote(self._port, pack(meeting))
+            self._http[node] = url = await cluster.ask(answer, OPEN_S)
+            await cluster.apart(self._records.put, _ADDRESSES + node, url.encode())
+            if not self._port:
+                self._port = int(url.rpartition(":")[2])
+                await cluster.apart(self._records.put, _PORT, str(self._port).encode())
+        except (TimeoutError, OSError):
+            raise InstanceError(f"node {node[:8]} did not start its supervisor in time; try again") from None
 
     def address(self, node: str) -> str | None:
         """The URL of the proxy on that node."""

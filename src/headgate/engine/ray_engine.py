@@ -128,6 +128,7 @@ class RayEngine:
             )
         except (TimeoutError, OSError) as error:
             del self._known[known.id]
+            self._loop.call_later(_START_S, lambda: self._spawn(self._disown(known.id)))  # it may still come
             raise InstanceError(f"the cluster's head does not answer ({error or 'no word in time'})") from None
         except (ValueError, TypeError) as error:  # options that Ray does not take
             del self._known[known.id]
@@ -309,8 +310,11 @@ class RayEngine:
 
     @property
     def home_node(self) -> str:
-        """The node where start was called."""
-        return self._origin.home
+        """The node where start was called; if that has left, one that has come back at its address."""
+        mine = f"node:{self._origin.address}"
+        if self._origin.home in self._nodes:
+            return self._origin.home
+        return next((node for node, has in self._nodes.items() if mine in has), self._origin.home)
 
     def http_address(self, node: str) -> str | None:
         """The URL of the proxy on that node."""
@@ -374,6 +378,9 @@ class RayEngine:
                     self._changed.clear()
                     await self._changed.wait()
         names = await cluster.apart(cluster.listed, self._origin.scope)
+        for name in names:
+            if name.startswith("replica#"):
+                await self._disown(name)
         await self._agents.close([name for name in names if name.startswith(ray_agents.PREFIX)])
         for task in list(self._tasks):
             task.cancel()

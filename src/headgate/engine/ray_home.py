@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from headgate.engine import cluster
+from headgate.engine import cluster, ray_access
 from headgate.engine.ray_records import STORE, Origin, Records, actor_name
 from headgate.errors import InstanceError, ReplicaDied
 
@@ -86,14 +85,7 @@ class ClusterHome:
 def home(key: str) -> ClusterHome:
     """The home of the instance whose key is "ray:<scope>". InstanceError if it does not run."""
     scope = key.partition(":")[2]
-    if not cluster.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "")
-        if not address:
-            raise InstanceError(
-                f"the instance {scope!r} runs on a Ray cluster, and this process takes part in none; "
-                "call ray.init(...) first, or set RAY_ADDRESS"
-            )
-        cluster.join(address)
+    ray_access.take_part(may_start=False)
     origin = Records(scope).origin()
     if origin is None:
         raise InstanceError(f"the instance {scope!r} does not run on this cluster any more; start a new one")
@@ -118,7 +110,7 @@ class RayActors:
         """Call a replica with the arguments of a reserved request: the ref of its result."""
         replica = self._replicas.get(replica_id)
         if replica is None:
-            replica = cluster.find(self._scope, actor_name(replica_id))
+            replica = cluster.find_now(self._scope, actor_name(replica_id))
             if replica is None:
                 raise ReplicaDied(f"replica {replica_id} is gone")
             if len(self._replicas) >= _KNOWN:

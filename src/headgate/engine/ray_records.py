@@ -21,7 +21,7 @@ class Origin(Struct, frozen=True):
     """What every process of an instance on Ray is told.
 
     scope    the instance's Ray namespace
-    home     id of the node where start was called
+    home     id of the node where start was called, and its address
     http     fields of HTTPOptions without the middlewares, which cloudpickle packed
     path     sys.path and working directory of the driver
     """
@@ -32,6 +32,7 @@ class Origin(Struct, frozen=True):
     token: bytes
     detached: bool
     home: str
+    address: str
     http: dict[str, Any]
     middlewares: bytes = b""
     path: tuple[str, ...] = ()
