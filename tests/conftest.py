@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ import leftovers
 import pytest
 import ray_cluster
 import ray_leftovers
+from running import Script
 
 #: Folders whose tests start processes.
 GUARDED = {"controller", "e2e", "engine", "ray", "wire"}
+
+#: The longest that a test of tests/ray may take: starting a cluster of three nodes takes ten seconds.
+RAY_S = 120
 
 _numbers = count(1)
 
@@ -54,6 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--engine") == "ray":
         chosen = [item for item in items if folder_of(item) in ("e2e", "ray") and not item.get_closest_marker("local")]
         chosen.sort(key=folder_of)
+        for item in chosen:
+            if folder_of(item) == "ray":
+                item.add_marker(pytest.mark.timeout(RAY_S))
     else:
         chosen = [item for item in items if folder_of(item) != "ray"]
     kept = set(chosen)
@@ -134,6 +141,27 @@ def nothing_left_behind(request: pytest.FixtureRequest, run_dir: Path) -> Iterat
             watch.clean()
     if found:
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[..., Script]]:
+    """script("print(1)") runs that text as a file; script(arguments=[...], stdin="...") anything else."""
+    started: list[Script] = []
+
+    def start(text: str = "", *, arguments: list[str] | None = None, stdin: str | None = None) -> Script:
+        if arguments is None:
+            path = tmp_path / f"script{len(started)}.py"
+            path.write_text(text)
+            arguments = [str(path)]
+        started.append(Script(arguments, stdin, tmp_path))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        assert each.process.stdout
+        each.process.stdout.close()
 
 
 @pytest.fixture

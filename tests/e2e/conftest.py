@@ -1,12 +1,11 @@
-"""Fixtures for tests with real processes: an instance for each module, and scripts."""
+"""Fixtures for tests of whole instances: the engine, and an instance for each module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from running import Script, on_ray, one_instance
+from running import on_ray, one_instance
 
 import headgate
 
@@ -36,24 +35,3 @@ def client(shared: headgate.Client) -> Iterator[headgate.Client]:
     actors = getattr(shared._instance.home, "actors", None)
     if actors is not None:
         actors.close()  # its couriers would be left behind by this test
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Iterator[Callable[..., Script]]:
-    """script("print(1)") runs that text as a file; script(arguments=[...], stdin="...") anything else."""
-    started: list[Script] = []
-
-    def start(text: str = "", *, arguments: list[str] | None = None, stdin: str | None = None) -> Script:
-        if arguments is None:
-            path = tmp_path / f"script{len(started)}.py"
-            path.write_text(text)
-            arguments = [str(path)]
-        started.append(Script(arguments, stdin, tmp_path))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.process.kill()
-        each.process.wait()
-        assert each.process.stdout
-        each.process.stdout.close()
