@@ -52,6 +52,12 @@ def pytest_unconfigure() -> None:
     ray_cluster.close()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The files of tests/ray import Ray, which the other tests are not to see."""
+    is_ray = collection_path.parent.name == "ray" and collection_path.suffix == ".py"
+    return True if is_ray and config.getoption("--engine") != "ray" else None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not about the chosen engine, and let the tests of one cluster follow each other."""
