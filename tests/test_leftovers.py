@@ -166,7 +166,7 @@ def test_a_descriptor_that_stays_open_is_found(watch: Watch) -> None:
 
 
 def test_what_goes_away_in_time_is_forgiven(watch: Watch) -> None:
-    pid = spawn_orphan("import time; time.sleep(0.3)", environment())
+    pid = spawn_orphan("import time; time.sleep(1.0)", environment())
     assert any(str(pid) in line for line in watch.leftovers(grace_s=0))
     began = time.monotonic()
     assert watch.leftovers(grace_s=5) == []
