@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -584,9 +585,11 @@ def test_if_one_replica_refuses_all_go_back(client: headgate.Client, tmp_path: P
     class Moody(Settable):
         def reconfigure(self, config: Any) -> None:
             if config == "new":
-                with open(f"{tmp_path}/turns", "a") as file:
-                    file.write("x")
-                if os.path.getsize(f"{tmp_path}/turns") == 2:
+                for turn in range(3):
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(f"{tmp_path}/turn{turn}")
+                        break
+                if turn == 1:
                     raise LookupError("the second one refuses")
             super().reconfigure(config)
 

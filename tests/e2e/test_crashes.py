@@ -533,6 +533,7 @@ def test_a_fork_in_a_handler_answers_once(client: headgate.Client, kind: Any) ->
     assert handle.call(do="pid") == before
 
 
+@pytest.mark.local("a fork of a worker of Ray's may find a lock taken by a thread that it does not have")
 @ODD
 def test_a_handler_may_use_processes_of_its_own(client: headgate.Client, kind: Any) -> None:
     handle = serve(client, kind)

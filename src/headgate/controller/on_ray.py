@@ -123,5 +123,5 @@ def _listen(origin: Origin, before: Meeting | None) -> list[socket.socket]:
 def _sweep(mine: str) -> None:
     """Forget instances that ended when nobody was left to do so."""
     for scope in Records.scopes():
-        if scope != mine and not cluster.is_alive(scope):
+        if scope != mine and cluster.find(scope, cluster.CONTROLLER) is None:  # not even one that Ray makes anew
             Records(scope).clear()

@@ -17,8 +17,9 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -91,14 +92,30 @@ def shows_token() -> bool:
     return bool(ray._raylet.get_authentication_mode() != ray._raylet.AuthenticationMode.DISABLED)
 
 
+@contextlib.contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """Ray sets a handler of its own for SIGTERM: the program's comes back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
 def start_local() -> None:
     """A cluster of this machine alone, which ends with this process."""
-    ray.init(address="local", include_dashboard=False, logging_level="WARNING")
+    with _same_sigterm():
+        ray.init(address="local", include_dashboard=False, logging_level="WARNING")
 
 
 def join(address: str) -> None:
     """Take part in the cluster at `address`."""
-    ray.init(address=address, logging_level="WARNING")
+    with _same_sigterm():
+        ray.init(address=address, logging_level="WARNING")
 
 
 def leave() -> None:
