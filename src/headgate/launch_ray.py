@@ -17,7 +17,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from headgate import params
-from headgate.engine import cluster, ray_access
+from headgate.engine import cluster, directory, ray_access
 from headgate.engine.ray_home import ClusterHome
 from headgate.engine.ray_records import Origin, pack
 from headgate.errors import InstanceError
@@ -119,8 +119,12 @@ def _origin(options: HTTPOptions, namespace: str, detached: bool) -> Origin:
 
 
 def scope_of(namespace: str) -> str:
-    """The Ray namespace of a detached instance."""
-    return f"headgate.{namespace}"
+    """The Ray namespace of a detached instance; one that is no plain name stands as its digest.
+
+    >>> scope_of("default")
+    'headgate.default'
+    """
+    return "headgate." + directory.name_of(namespace).removeprefix("d-")
 
 
 def _start(origin: Origin) -> object:
