@@ -173,11 +173,11 @@ def test_what_was_cancelled_or_expired_in_the_queue_is_in_no_batch(client: headg
         cancel(refs[0])
         with pytest.raises(headgate.RequestTimeout):
             await asyncio.to_thread(handle.options(timeout_s=0.2).call, id="expired")
+        with pytest.raises(cancelled()):
+            headgate.get(refs[0], timeout=5)
         gate.open()
         assert (await staying.receive()).text == "call:stayed"
         assert headgate.get(refs[1], timeout=5) == "call:kept"
-        with pytest.raises(cancelled()):
-            headgate.get(refs[0], timeout=5)
         await staying.close()
 
     asyncio.run(ask())

@@ -327,6 +327,8 @@ def listed(scope: str) -> list[str]:
 
 def kill(actor: Any) -> None:
     """End an actor for good, or its start."""
+    if not ray.is_initialized():  # it was, and what this process started has ended with it
+        return
     with contextlib.suppress(ray.exceptions.RayError, ValueError):
         ray.kill(actor, no_restart=True)
 
@@ -447,7 +449,7 @@ class ControllerWatch:
     def end(self) -> None:
         """Stop looking. A worker whose calls are not answered cannot leave Ray in an orderly way."""
         self._over = True
-        if self._call is not None:
+        if self._call is not None and ray.is_initialized():  # else it would be by that
             ray.cancel(self._call)
 
 
