@@ -156,7 +156,6 @@ def test_a_batch_holds_one_method_only(client: headgate.Client, gate: Gate) -> N
         assert gate.batches == expected
 
 
-@pytest.mark.local("ray.cancel does not say when it has reached the replica")
 def test_what_was_cancelled_or_expired_in_the_queue_is_in_no_batch(client: headgate.Client, gate: Gate) -> None:
     handle = serve_gated(client, gate)
     first = handle.remote(id="first")

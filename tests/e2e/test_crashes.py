@@ -533,7 +533,6 @@ def test_a_fork_in_a_handler_answers_once(client: headgate.Client, kind: Any) ->
     assert handle.call(do="pid") == before
 
 
-@pytest.mark.local("a fork of a worker of Ray's may find a lock taken by a thread that it does not have")
 @pytest.mark.local("threads of Ray's in its workers may hold locks that a fork never gets back")
 @ODD
 def test_a_handler_may_use_processes_of_its_own(client: headgate.Client, kind: Any) -> None:
