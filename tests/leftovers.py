@@ -15,6 +15,7 @@ import gc
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -107,6 +108,18 @@ def run_files(folder: Path) -> set[Path]:
     return set() if found == {folder / "headgate"} else found
 
 
+def links() -> set[tuple[str, str]]:
+    """(socket, address) of each of this process's connections to an abstract socket of an instance."""
+    found = set()
+    for fd, target in descriptors().items():
+        if target.startswith("socket:"):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:  # not connected
+                peer = sock.getpeername()
+                if isinstance(peer, bytes) and peer.startswith(b"\0headgate-"):
+                    found.add((target, peer[1:].decode()))
+    return found
+
+
 def shared_memory() -> set[Path]:
     return set(SHM.iterdir()) if SHM.is_dir() else set()
 
@@ -116,7 +129,8 @@ class Watch:
 
     marker    the value of HEADGATE_TEST_ID that this test's processes inherit
     run_dir   the $XDG_RUNTIME_DIR of the test
-    ray       what to look at in a Ray cluster besides. Its driver, this process, opens descriptors at will
+    ray       what to look at in a Ray cluster besides. Its driver, this process, opens descriptors at will:
+              of those, only connections to headgate's own sockets count
     """
 
     def __init__(self, marker: str, run_dir: Path, ray: RayWatch | None = None) -> None:
@@ -129,6 +143,7 @@ class Watch:
         self._files = run_files(run_dir)
         self._shm = shared_memory()
         self._descriptors = descriptors()
+        self._links = links()
 
     def leftovers(self, grace_s: float | None = None) -> list[str]:
         """A line for each thing left behind; what goes away within `grace_s` (2, or 6 on Ray) is not."""
@@ -148,7 +163,7 @@ class Watch:
         found += [f"{kind(path)} {path}" for path in sorted(run_files(self._run_dir) - self._files)]
         found += [f"shared memory {path}" for path in sorted(shared_memory() - self._shm)]
         if self._ray is not None:
-            return found + self._ray.look()
+            return found + self._ray.look() + [f"a connection to {peer}" for _, peer in links() - self._links]
         now = descriptors()
         if len(now) > len(self._descriptors):
             new = {fd: target for fd, target in now.items() if self._descriptors.get(fd) != target}

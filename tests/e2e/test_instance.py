@@ -859,7 +859,6 @@ def test_a_config_field_that_means_nothing_here_is_accepted_and_ignored(own: hea
 
 
 @pytest.mark.local("it says what holds without Ray")
-def test_an_engine_is_local_by_default(own: headgate.Client) -> None:
-    with headgate.start(http_options=NO_HTTP, engine="local"):
-        pass
-    assert "ray" not in sys.modules
+def test_an_engine_is_local_by_default(script: Callable[..., Script]) -> None:
+    run = script(SCRIPT + "print(client.get_handle('it').call(), client.status().nodes, 'ray' in sys.modules)")
+    assert run.output().endswith(" False\n")
