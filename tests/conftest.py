@@ -1,7 +1,7 @@
 """Fixtures of all tests: the engine, a place to run in, a free port, and the guard against leftovers.
 
-`--engine ray` runs tests/e2e once more, with all instances on a real Ray cluster of one node, and then
-tests/ray, which start their own clusters. What is about the local engine only says so with
+`--engine ray` runs tests/e2e and tests/faults once more, with all instances on a real Ray cluster of one
+node, and then tests/ray, which start their own clusters. What is about the local engine only says so with
 `@pytest.mark.local("why")` and is left out then. Other tests know no engine.
 """
 
@@ -17,13 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import leftovers
+import promises
 import pytest
 import ray_cluster
 import ray_leftovers
-from running import Script
+from running import Script, on_ray, one_instance
+
+import headgate
 
 #: Folders whose tests start processes.
-GUARDED = {"controller", "e2e", "engine", "ray", "wire"}
+GUARDED = {"controller", "e2e", "engine", "faults", "ray", "security", "wire"}
+
+#: Folders whose tests run on both engines.
+BOTH = {"e2e", "faults"}
 
 #: The longest that a test of tests/ray may take: starting a cluster of three nodes takes ten seconds.
 RAY_S = 120
@@ -36,16 +42,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--engine",
         choices=("local", "ray"),
         default=os.environ.get("HEADGATE_TEST_ENGINE", "local"),
-        help="where the instances of tests/e2e live; the default is local, or what HEADGATE_TEST_ENGINE says",
+        help="where the tests' instances live; the default is local, or what HEADGATE_TEST_ENGINE says",
     )
 
 
+    promises.add_options(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    promises.configure(config)
     config.addinivalue_line("markers", "local(why): holds for the local engine only; left out with --engine ray")
     os.environ["HEADGATE_TEST_ENGINE"] = engine = config.getoption("--engine")
     if engine == "ray":
         os.environ["HEADGATE_ENGINE"] = "ray"
         ray_cluster.prepare()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    promises.summary(terminalreporter)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    promises.note(item, outcome.get_result())
+
+
+@pytest.fixture
+def promise(request: pytest.FixtureRequest) -> Iterator[promises.Promise]:
+    """What a test of one promise measures (promises.py)."""
+    yield from promises.measured(request)
 
 
 def pytest_unconfigure() -> None:
@@ -62,7 +88,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not about the chosen engine, and let the tests of one cluster follow each other."""
     if config.getoption("--engine") == "ray":
-        chosen = [item for item in items if folder_of(item) in ("e2e", "ray") and not item.get_closest_marker("local")]
+        chosen = [item for item in items if folder_of(item) in {*BOTH, "ray"} and not item.get_closest_marker("local")]
         chosen.sort(key=folder_of)
         for item in chosen:
             if folder_of(item) == "ray":
@@ -86,7 +112,7 @@ class Clusters:
         self._one_node: ray_cluster.RayCluster | None = None
 
     def one_node(self) -> ray_cluster.RayCluster:
-        """The cluster of tests/e2e; it goes on from module to module."""
+        """The cluster of tests/e2e and tests/faults; it goes on from module to module."""
         if self._one_node is None:
             self._one_node = ray_cluster.RayCluster(num_cpus=64).start()
         return self._one_node
@@ -185,3 +211,30 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine(request: pytest.FixtureRequest) -> None:
+    """With --engine ray: a cluster, to which this process is connected, so that `start` picks it."""
+    if on_ray() and folder_of(request.node) in BOTH:
+        request.getfixturevalue("clusters").one_node()
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest) -> Iterator[headgate.Client]:
+    """An instance for all tests of the module: started with the module's START, without HTTP if it has none."""
+    with one_instance(**getattr(request.module, "START", {"http_options": {"location": None}})) as client:
+        yield client
+
+
+@pytest.fixture
+def client(shared: headgate.Client) -> Iterator[headgate.Client]:
+    """The module's instance; what the test creates in it is deleted afterwards."""
+    yield shared
+    for name in shared.list_endpoints():
+        shared.delete_endpoint(name)
+    for tag in shared.list_backends():
+        shared.delete_backend(tag, force=True)
+    actors = getattr(shared._instance.home, "actors", None)
+    if actors is not None:
+        actors.close()  # its couriers would be left behind by this test

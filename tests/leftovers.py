@@ -5,7 +5,7 @@ Processes count that descend from this one, or whose environment holds
 `HEADGATE_TEST_ID=marker`: so one that was reparented, or that outlives its parent, is found too.
 What was there before the watch began belongs to somebody else, its children included.
 
-The fixture that runs this around each test of tests/e2e is in conftest.py.
+The fixture that runs this around each test that starts processes is in conftest.py.
 """
 
 from __future__ import annotations
