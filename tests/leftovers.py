@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -108,16 +109,25 @@ def run_files(folder: Path) -> set[Path]:
     return set() if found == {folder / "headgate"} else found
 
 
-def links() -> set[tuple[str, str]]:
-    """(socket, address) of each of this process's connections to an abstract socket of an instance."""
-    found = set()
+def links() -> Counter[str]:
+    """How many connections this process has to each abstract socket of an instance."""
+    found: Counter[str] = Counter()
     for fd, target in descriptors().items():
         if target.startswith("socket:"):
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:  # not connected
                 peer = sock.getpeername()
                 if isinstance(peer, bytes) and peer.startswith(b"\0headgate-"):
-                    found.add((target, peer[1:].decode()))
+                    found[peer[1:].decode()] += 1
     return found
+
+
+def bound_sockets(folder: Path) -> set[str]:
+    """Paths below the runtime directory at which some process holds a socket, whether the file is there or not."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]
+        names = {line.split(maxsplit=7)[7] for line in lines if len(line.split(maxsplit=7)) == 8}
+        return {name for name in names if name.startswith(f"{folder}/") and not os.path.exists(name)}
+    return set()
 
 
 def shared_memory() -> set[Path]:
@@ -141,31 +151,36 @@ class Watch:
         self._children = descendants(processes(), os.getpid(), set())
         self._ports = listening_ports()
         self._files = run_files(run_dir)
+        self._bound = bound_sockets(run_dir)
         self._shm = shared_memory()
         self._descriptors = descriptors()
         self._links = links()
 
-    def leftovers(self, grace_s: float | None = None) -> list[str]:
-        """A line for each thing left behind; what goes away within `grace_s` (2, or 6 on Ray) is not."""
+    def leftovers(self, grace_s: float | None = None, *, mine: bool = True) -> list[str]:
+        """A line for each thing left behind; what goes away within `grace_s` (2, or 6 on Ray) is not.
+
+        mine   this process's descriptors too
+        """
         gc.collect()
         if grace_s is None:
             grace_s = 2.0 if self._ray is None else 6.0
         deadline = time.monotonic() + grace_s
-        while (found := self._look()) and time.monotonic() < deadline:
+        while (found := self._look(mine)) and time.monotonic() < deadline:
             time.sleep(0.01 if self._ray is None else 0.1)
         return found
 
-    def _look(self) -> list[str]:
+    def _look(self, mine: bool) -> list[str]:
         left = sorted(self._processes())
         found = [str(each) for each in left]
         found += [f"port {port} of {each}" for each in left for port in sorted(listening_ports(each.pid))]
         found += [f"port {port} of the test process" for port in sorted(listening_ports() - self._ports)]
         found += [f"{kind(path)} {path}" for path in sorted(run_files(self._run_dir) - self._files)]
+        found += [f"bound socket {path}" for path in sorted(bound_sockets(self._run_dir) - self._bound)]
         found += [f"shared memory {path}" for path in sorted(shared_memory() - self._shm)]
         if self._ray is not None:
-            return found + self._ray.look() + [f"a connection to {peer}" for _, peer in links() - self._links]
+            return found + self._ray.look() + [f"a connection to {peer}" for peer in links() - self._links]
         now = descriptors()
-        if len(now) > len(self._descriptors):
+        if mine and len(now) > len(self._descriptors):
             new = {fd: target for fd, target in now.items() if self._descriptors.get(fd) != target}
             found += [f"open file descriptor {fd} -> {target}" for fd, target in sorted(new.items())]
         return found
