@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import leftovers
+import pickles
 import promises
 import pytest
 import ray_cluster
@@ -53,12 +54,21 @@ def pytest_configure(config: pytest.Config) -> None:
     promises.configure(config)
     config.addinivalue_line("markers", "local(why): holds for the local engine only; left out with --engine ray")
     os.environ["HEADGATE_TEST_ENGINE"] = engine = config.getoption("--engine")
+    pickles.install()
     if engine == "ray":
         os.environ["HEADGATE_ENGINE"] = "ray"
         ray_cluster.prepare()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if pickles.problems():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if found := pickles.problems():
+        terminalreporter.section("unpickled in a process that never may (tests/pickles.py)", red=True)
+        terminalreporter.write_line("\n".join(found))
     promises.summary(terminalreporter)
 
 
@@ -76,6 +86,7 @@ def promise(request: pytest.FixtureRequest) -> Iterator[promises.Promise]:
 
 def pytest_unconfigure() -> None:
     ray_cluster.close()
+    pickles.close()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

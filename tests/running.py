@@ -82,6 +82,19 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def age_s(pid: int) -> float:
+    """For how long the process has lived."""
+    started = float(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def grown_controller(key: str) -> int:
+    """The controller's pid, once its end is that of no crash loop: whatever died before, it is replaced at once."""
+    pid = pid_of(key, "headgate-ctl")
+    time.sleep(max(0.0, 1.05 - age_s(pid)))
+    return pid
+
+
 def instance_pids(key: str) -> list[int]:
     """The processes of an instance; on Ray those of its actors.
 
@@ -137,6 +150,24 @@ def one_instance(**options: Any) -> Iterator[headgate.Client]:
         watch.clean()
         shutil.rmtree(folder, ignore_errors=True)
     assert not found, "the module left behind:\n  " + "\n  ".join(found)
+
+
+@contextlib.contextmanager
+def output_in(path: Path) -> Iterator[None]:
+    """What is started inside the block writes its stdout and stderr there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = {number: os.dup(number) for number in (1, 2)}
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for number in before:
+        os.dup2(log, number)
+    os.close(log)
+    try:
+        yield
+    finally:
+        for number, fd in before.items():
+            os.dup2(fd, number)
+            os.close(fd)
 
 
 class Script:

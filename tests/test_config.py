@@ -44,6 +44,8 @@ BACKEND_DEFAULTS = {
     "graceful_shutdown_wait_loop_s": 2.0,
     "health_check_period_s": 10.0,
     "health_check_timeout_s": 30.0,
+    "max_requests": None,
+    "max_rss_bytes": None,
 }
 
 HTTP_DEFAULTS = {
@@ -165,6 +167,8 @@ def test_an_http_field_is_kept_in_its_own_type(field, value, kept):
         ("graceful_shutdown_wait_loop_s", 0),
         ("health_check_period_s", 0),
         ("health_check_timeout_s", None),
+        *(("max_requests", bad) for bad in (0, -1, 0.5, "many")),
+        *(("max_rss_bytes", bad) for bad in (0, -1, "1 GB", math.inf)),
     ],
 )
 def test_a_bad_backend_value_is_refused_by_name_and_changes_nothing(field, value):

@@ -165,6 +165,22 @@ def test_a_descriptor_that_stays_open_is_found(watch: Watch) -> None:
         os.close(fd)
 
 
+def test_of_what_others_did_only_this_process_s_descriptors_are_left_out(watch: Watch) -> None:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    try:
+        assert watch.leftovers(grace_s=0, mine=False) == []
+    finally:
+        os.close(fd)
+
+
+def test_a_socket_that_is_held_without_its_file_is_found(watch: Watch, run_dir: Path) -> None:
+    path = run_dir / "gone.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        path.unlink()
+        assert watch.leftovers(grace_s=0, mine=False) == [f"bound socket {path}"]
+
+
 def test_what_goes_away_in_time_is_forgiven(watch: Watch) -> None:
     pid = spawn_orphan("import time; time.sleep(1.0)", environment())
     assert any(str(pid) in line for line in watch.leftovers(grace_s=0))

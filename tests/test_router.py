@@ -248,6 +248,20 @@ async def test_first_requests_wait_for_all_first_links_and_then_spread(rig: Rig)
 
 
 @routed
+async def test_a_new_version_sheds_nobody_before_its_links_are_there(rig: Rig) -> None:
+    endpoint = rig.publish({"b": [rig.replica("old")]}, max_queued_requests=1, max_concurrent_queries=1)
+    await settle()
+    callers = [Asked() for _ in range(4)]
+    for caller in callers[:2]:  # one runs, one waits
+        rig.router.submit(endpoint, caller)
+    await settle()
+    endpoint = rig.publish({"b": [rig.replica("new").echo()]}, max_queued_requests=1, max_concurrent_queries=4)
+    for caller in callers[2:]:
+        rig.router.submit(endpoint, caller)
+    assert [await caller.result() for caller in callers[1:]] == [("reply", 200, b"new:")] * 3
+
+
+@routed
 async def test_a_first_replica_that_does_not_answer_holds_up_nobody_for_long(rig: Rig) -> None:
     live, dead = rig.replica("r1").echo(), rig.replica("r2")
     dead.close()
@@ -384,6 +398,142 @@ async def test_what_the_slot_page_says_decides_when_the_process_is_dead(rig: Rig
     os.waitpid(child, 0)
 
 
+def dead_process() -> int:
+    """The pid of a process that has ended; to be waited for."""
+    child = os.posix_spawn("/bin/true", ["/bin/true"], {})
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    return child
+
+
+async def lose(rig: Rig, replica: Replica, dead: int) -> None:
+    """The process behind the replica's link is gone: what its page says is believed."""
+    link = rig.router.backends["b"].links[replica.name]
+    os.close(link._pidfd)
+    link._pidfd = os.pidfd_open(dead)
+    replica.links[-1].abort()
+    await settle()
+
+
+def test_what_a_dead_replica_had_not_started_is_tried_again_a_few_at_a_time(folder: Path) -> None:
+    dead = dead_process()
+
+    @routed
+    async def test(rig: Rig) -> None:
+        dying, other = rig.replica("r1"), rig.replica("r2")
+        endpoint = rig.publish({"b": [dying]}, max_concurrent_queries=100)
+        callers = [Asked(b"%d" % number) for number in range(30)]
+        for caller in callers:
+            rig.router.submit(endpoint, caller)
+        await until(lambda: len(dying.calls) == 30)
+        rig.publish({"b": [other]}, max_concurrent_queries=100)
+        await settle()
+        for number in range(20):  # of 50 active requests 10 may be retries
+            callers.append(Asked(b"new %d" % number))
+            rig.router.submit(endpoint, callers[-1])
+        await lose(rig, dying, dead)
+        await until(lambda: len(other.calls) == 30)
+        await settle()
+        retried = [body for _, _, body in other.calls if not body.startswith(b"new")]
+        assert retried == [b"%d" % number for number in range(10)]
+        late = Asked(b"new late")
+        rig.router.submit(endpoint, late)  # what is no retry overtakes those that wait for the budget
+        await until(lambda: other.calls[-1][2] == b"new late")
+        callers.append(late)
+        answered = 0
+        while answered < len(callers):
+            await until(lambda: len(other.calls) > answered)  # noqa: B023
+            running = [caller for caller in callers if caller.retrying]
+            assert len(running) <= 10
+            link, slot, _ = other.calls[answered]
+            link.answer(framing.REPLY, slot, 200)
+            answered += 1
+        for caller in callers:
+            assert (await caller.result())[:2] == ("reply", 200)
+
+    test(folder)
+    os.waitpid(dead, 0)
+
+
+def test_a_request_that_waits_to_be_tried_again_may_leave_expire_and_be_routed_anew(folder: Path) -> None:
+    dead = dead_process()
+
+    @routed
+    async def test(rig: Rig) -> None:
+        dying = rig.replica("r1")
+        endpoint = rig.publish({"b": [dying]}, request_timeout_s=5.0)
+        left, late, moved = Asked(b"left"), Asked(b"late"), Asked(b"moved")
+        late.deadline = asyncio.get_running_loop().time() + 1.0
+        for caller in (left, late, moved):
+            rig.router.submit(endpoint, caller)
+        await until(lambda: len(dying.calls) == 3)
+        rig.publish({"b": []}, request_timeout_s=5.0)
+        await lose(rig, dying, dead)
+        assert len(rig.router.backends["b"].retries.waiting) == 3
+        rig.router.cancel(left)
+        assert isinstance(await late.result(), RequestTimeout)
+        rig.publish({"new": [rig.replica("r2").echo()]})
+        assert await moved.result() == ("reply", 200, b"r2:moved")
+        assert left.got == []
+
+    test(folder)
+    os.waitpid(dead, 0)
+
+
+def test_a_request_has_three_tries(folder: Path) -> None:
+    dead = dead_process()
+
+    @routed
+    async def test(rig: Rig) -> None:
+        caller = Asked(b"x")
+        for number in range(3):
+            dying = rig.replica(f"r{number}")
+            endpoint = rig.publish({"b": [dying]})
+            if number == 0:
+                rig.router.submit(endpoint, caller)
+            await until(lambda: dying.calls)  # noqa: B023
+            await lose(rig, dying, dead)
+        error = await caller.result()
+        assert isinstance(error, ReplicaDied)
+        assert not error.started
+        assert "3 times before it started" in str(error)
+
+    test(folder)
+    os.waitpid(dead, 0)
+
+
+@routed
+async def test_a_replica_that_is_listed_again_keeps_its_link(rig: Rig) -> None:
+    replica, other = rig.replica("r1"), rig.replica("r2").echo()
+    endpoint = rig.publish({"b": [replica]})
+    caller = Asked(b"x")
+    rig.router.submit(endpoint, caller)
+    await until(lambda: replica.calls)
+    rig.publish({"b": [other]})
+    await settle()
+    rig.publish({"b": [replica, other]})
+    await settle()
+    assert len(replica.links) == 1
+    link, slot, _ = replica.calls[0]
+    replica.echo()
+    link.answer(framing.REPLY, slot, 200, b"late")
+    assert await caller.result() == ("reply", 200, b"late")
+    await settle()
+    assert {(await rig.ask(endpoint))[2] for _ in range(4)} == {b"r1:", b"r2:"}
+
+
+@routed
+async def test_a_replica_that_is_taken_out_and_listed_again_while_it_is_dialled_gets_one_link(rig: Rig) -> None:
+    replica = rig.replica("r1").echo()
+    endpoint = rig.publish({"b": [replica]})
+    for _ in range(5):
+        rig.publish({"b": []})
+        endpoint = rig.publish({"b": [replica]})
+        await asyncio.sleep(0)
+    assert await rig.ask(endpoint, b"x") == ("reply", 200, b"r1:x")
+    await settle()
+    assert len([link for link in replica.links if not link.closed]) == 1
+
+
 @routed
 async def test_an_idempotent_request_is_run_once_more(rig: Rig) -> None:
     dying = rig.replica("r1")
@@ -491,6 +641,24 @@ async def test_too_many_waiting_requests_are_shed_with_figures(rig: Rig) -> None
 
 
 @routed
+async def test_a_shed_request_is_told_when_the_line_will_have_moved_on(rig: Rig) -> None:
+    """However long the backend was idle before: the rate is that of the time with a line."""
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=1, max_queued_requests=5)
+    await settle()
+    await asyncio.sleep(3600.0)
+    loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+    replica.on_call = lambda link, slot, body: loop.call_later(2.0, link.answer, framing.REPLY, slot, 200) and None
+    while loop.time() < begin + 20.0:
+        for _ in range(8):
+            rig.router.submit(endpoint, Asked())
+        await asyncio.sleep(0.5)
+    error = await rig.ask(endpoint)
+    assert isinstance(error, BackendOverloaded)
+    assert error.retry_after_s in (12, 13, 14)  # six, of two seconds each
+
+
+@routed
 async def test_a_deleted_backend_fails_what_waits_for_it(rig: Rig) -> None:
     endpoint = rig.publish({"b": []})
     caller = Asked()
@@ -500,19 +668,29 @@ async def test_a_deleted_backend_fails_what_waits_for_it(rig: Rig) -> None:
     assert isinstance(await rig.ask(endpoint), EndpointNotFound)
 
 
-@routed
-async def test_a_silent_replica_gets_nothing_new_until_it_answers_again(rig: Rig) -> None:
-    silent, live = rig.replica("r1").echo(), rig.replica("r2").echo()
-    endpoint = rig.publish({"b": [silent, live]})
-    await settle()
-    silent.alive = False
-    await asyncio.sleep(5.5)
-    answers = {(await rig.ask(endpoint))[2] for _ in range(4)}
-    assert answers == {b"r2:"}
-    silent.alive = True
-    await asyncio.sleep(1.5)
-    answers = {(await rig.ask(endpoint))[2] for _ in range(4)}
-    assert answers == {b"r1:", b"r2:"}
+@pytest.mark.parametrize("after_ping_s", [0.01, 0.3, 0.6, 0.99])
+def test_a_silent_replica_gets_nothing_new_after_three_seconds_until_it_answers_again(
+    folder: Path, after_ping_s: float
+) -> None:
+    @routed
+    async def test(rig: Rig) -> None:
+        silent, live = rig.replica("r1").echo(), rig.replica("r2").echo()
+        endpoint = rig.publish({"b": [silent, live]})
+        await settle()
+        await asyncio.sleep(5.0 + after_ping_s)
+        silent.alive = False
+        await asyncio.sleep(1.9)
+        answers = {(await rig.ask(endpoint))[2] for _ in range(4)}
+        assert answers == {b"r1:", b"r2:"}
+        await asyncio.sleep(1.1)
+        answers = {(await rig.ask(endpoint))[2] for _ in range(4)}
+        assert answers == {b"r2:"}
+        silent.alive = True
+        await asyncio.sleep(1.5)
+        answers = {(await rig.ask(endpoint))[2] for _ in range(4)}
+        assert answers == {b"r1:", b"r2:"}
+
+    test(folder)
 
 
 @routed

@@ -4,6 +4,10 @@ Each block of scenarios/*.txt holds commands, a line of dashes, and what follows
 controller here is the smallest one that the decisions of core/ allow: it performs actions
 at once and on a clock that is a number, and keeps nothing but what a real one keeps.
 
+A file that begins with `simulation SEED` is played by a whole instance on a virtual clock instead, with faults and
+requests (tests/simulation): what `scripts/simulate` prints for a seed that breaks a rule, and every rule must hold.
+Its commands are sim_world.World's.
+
 `REWRITE=1 pytest tests/test_scenarios.py` writes the outcome into the files; review the diff.
 
 Commands:
@@ -28,6 +32,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from simulation import sim_history
 
 from headgate.core import goals as change
 from headgate.core import lifecycle, reconcile
@@ -237,23 +242,31 @@ def _shown(snapshot: Snapshot) -> Iterator[str]:
 
 def outcome(text: str) -> str:
     """The scenario with what really happens below each line of dashes."""
-    world = World()
     blocks = []
     for block in text.strip().split("\n\n"):
         lines = block.splitlines()
-        commands = lines[: lines.index(DASHES)] if DASHES in lines else lines
+        blocks.append(lines[: lines.index(DASHES)] if DASHES in lines else lines)
+    is_simulation = any(line.startswith(f"{sim_history.FIRST} ") for line in blocks[0])
+    said = sim_history.outcome(blocks) if is_simulation else _said(blocks)
+    shown = ["\n".join([*block, DASHES, *(lines or ["nothing"])]) for block, lines in zip(blocks, said, strict=True)]
+    return "\n\n".join(shown) + "\n"
+
+
+def _said(blocks: list[list[str]]) -> Iterator[list[str]]:
+    world = World()
+    for block in blocks:
         world.said = []
-        for line in commands:
+        for line in block:
             if not line.startswith("# "):
                 world.run(line)
-        blocks.append("\n".join([*commands, DASHES, *(world.said or ["nothing"])]))
-    return "\n\n".join(blocks) + "\n"
+        yield world.said
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
 def test_the_controller_does_what_the_scenario_says(path: Path) -> None:
     text = path.read_text()
     really = outcome(text)
+    assert "BROKEN" not in really, really
     if os.environ.get("REWRITE") == "1":
         path.write_text(really)
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from headgate import signals
+from headgate.wire.thread import HeadgateThread
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,102 @@ def test_a_thread_leaves_signals_alone() -> None:
     assert signals.catch_sigterm()
     on_a_thread(signals.release_sigterm)
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+
+def test_held_signals_come_at_the_end_each_once() -> None:
+    came: list[str] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append("SIGTERM"))
+
+    def work() -> None:
+        with signals.Held():
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+            came.append("the block went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert came == ["the block went on", "SIGTERM"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_where_held_signals_are_let_they_come_at_once() -> None:
+    came: list[str] = []
+
+    def work() -> None:
+        with signals.Held() as held:
+            try:
+                with held.let():
+                    signal.raise_signal(signal.SIGINT)
+                    came.append("never")
+            finally:
+                signal.raise_signal(signal.SIGINT)  # a second one while the first is cleaned up after
+                came.append("cleaned up")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert came == ["cleaned up"]
+
+
+def test_what_was_held_comes_when_it_is_let() -> None:
+    came: list[str] = []
+
+    def work() -> None:
+        with signals.Held() as held:
+            signal.raise_signal(signal.SIGINT)
+            came.append("held")
+            with held.let():
+                came.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert came == ["held"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_that_raises_while_handlers_come_back_keeps_none_from_it() -> None:
+    def raises(number: int, frame: Any) -> None:
+        raise ZeroDivisionError
+
+    def work() -> None:
+        with signals.Held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, raises)
+    with pytest.raises((ZeroDivisionError, KeyboardInterrupt)):
+        work()
+    assert signal.getsignal(signal.SIGTERM) is raises
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_no_function_handles_is_not_held() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.Held():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_on_a_thread_nothing_is_held() -> None:
+    def inside() -> Any:
+        with signals.Held() as held, held.let():
+            return signal.getsignal(signal.SIGINT)
+
+    assert on_a_thread(inside) is signal.default_int_handler
+
+
+def test_signals_are_not_for_the_headgate_thread() -> None:
+    async def blocked() -> set[int]:
+        return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    thread = HeadgateThread()
+    thread.start()
+    try:
+        assert {signal.SIGINT, signal.SIGTERM} <= thread.run(blocked())
+    finally:
+        thread.stop()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

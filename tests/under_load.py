@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,5 +68,21 @@ def under_load(client: headgate.Client, change: Callable[[Load], Any]) -> Load:
             await change(running)
             await asyncio.sleep(0.25)
         return running
+
+    return asyncio.run(main())
+
+
+def under_both_loads(
+    client: headgate.Client, change: Callable[[], Awaitable[Any]], fresh_per_s: float = 200
+) -> tuple[Load, Load]:
+    """As `under_load`, beside it so many requests/s each on a connection of its own: (kept, fresh)."""
+    address = address_of(client)
+
+    async def main() -> tuple[Load, Load]:
+        async with load(address, "/it", 200) as kept, load(address, "/it", fresh_per_s, True, "f") as fresh:
+            await asyncio.sleep(0.25)
+            await change()
+            await asyncio.sleep(0.25)
+        return kept, fresh
 
     return asyncio.run(main())

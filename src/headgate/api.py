@@ -274,6 +274,11 @@ class Client:
             self._ending.force()
         os._exit(130)
 
+    def _abandon(self) -> None:
+        """The start was interrupted when it was done already: end it, detached or not."""
+        if self._ending is not None:
+            self._ending.now(force=True)
+
     def __enter__(self) -> Client:
         return self
 

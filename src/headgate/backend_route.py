@@ -1,7 +1,8 @@
 """One backend as one router sees it: its waiting line, its replicas' load, its links.
 
-Which replica is next and who waits is decided by core/assignment.py; the links are wire/replica_link.py
-and, to other nodes, wire/remote_link.py.
+Which replica is next and who waits is decided by core/assignment.py, when a request whose replica was
+lost is tried again by core/retries.py; the links are wire/replica_link.py and, to other nodes,
+wire/remote_link.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from headgate.core.assignment import ReplicaSet, Waiting, assign
+from headgate.core.drain import Drain
+from headgate.core.retries import Retries
 from headgate.core.state import BackendView, ReplicaAddress
 from headgate.errors import BackendOverloaded, HeadgateError, ProtocolError, ReplicaDied
 from headgate.wire.caller import Caller, Hub
@@ -43,14 +46,15 @@ class BackendRoute:
         self.router = router
         self.view = view
         self.waiting: Waiting[Caller] = Waiting()
+        self.retries: Retries[Caller] = Retries()
+        self._again = self.retries.waiting
         self.replicas = ReplicaSet(router.chance)
         self.links: dict[str, ReplicaLink] = {}
         self.addresses: dict[str, ReplicaAddress] = {}
         self._cold: set[str] = set()  # the first replicas, until each was dialled once
         self._early: list[Caller] = []  # came before that: sent then, spread over all, shed if too many
         self.completed = 0  # answers so far, for the drain rate
-        self._rate_since = router.loop.time()
-        self._rate_from = 0
+        self._drain = Drain()
         self._arrivals = 0
         self._ended = False
         self._lined = False  # whether anybody waits; asked twice per request
@@ -72,7 +76,8 @@ class BackendRoute:
                 return
         limit = self._limit(caller)
         if self.waiting.push(caller, limit):
-            self._lined = True
+            if not self._lined:
+                self._line_changed()
         else:
             self._shed(caller, limit)
 
@@ -95,31 +100,54 @@ class BackendRoute:
             self._shed(self.waiting.pop_newest(), limit)
 
     def dispatch(self) -> None:
-        """Send what waits to replicas that have room."""
+        """Send what waits to replicas that have room: first what is to be tried again, then the line."""
+        if self._again:
+            self._retry()
         for caller, replica, want in assign(self.waiting, self.replicas):
             self.links[replica].call(caller, want)
-        self._lined = bool(self.waiting)
+        self._line_changed()
+
+    def _line_changed(self) -> None:
+        """Note when a line begins and ends."""
+        is_line = bool(self.waiting)
+        if is_line is not self._lined:
+            self._lined = is_line
+            (self._drain.begin if is_line else self._drain.end)(self.router.loop.time(), self.completed)
+
+    def _retry(self) -> None:
+        active = len(self._again) + len(self.waiting) + self._running()
+        room = self.retries.room(active)
+        for left in reversed(range(room)):
+            slot = self.replicas.reserve(left + len(self.waiting))
+            if slot is None:
+                return
+            self.links[slot[0]].call(self.retries.take(), slot[1])
+
+    def _running(self) -> int:
+        return sum(self.replicas.in_flight(replica) for replica in self.links)
 
     def withdraw(self, caller: Caller) -> None:
         """The request does not wait any more."""
         if caller in self._early:
             self._early.remove(caller)
-        else:
+        elif not self.retries.remove(caller):
             self.waiting.remove(caller)
-            self._lined = bool(self.waiting)
+            self._line_changed()
 
     def again(self, caller: Caller) -> None:
         """The request goes back to the head of the line; the caller of this dispatches."""
         if self._ended:
             self.router.route_again(caller)
+        elif caller.tries:
+            self.retries.add(caller)
         else:
             self.waiting.push_front(caller)
-            self._lined = True
+            self._line_changed()
 
     def answered(self) -> None:
         """A slot is free again."""
         self.completed += 1
-        if self._lined:
+        if self._lined or self._again:
             self.dispatch()
 
     @property
@@ -129,8 +157,8 @@ class BackendRoute:
 
     def _overloaded(self, limit: int | None) -> HeadgateError:
         running = sum(self.replicas.in_flight(replica) for replica in self.links)
-        rate = self._drain_rate()
-        retry_s = max(1, min(60, round(((len(self.waiting) + running) / rate) if rate else 1)))
+        ahead = len(self.waiting) + running
+        retry_s = self._drain.retry_after_s(self.router.loop.time(), self.completed, ahead)
         slots = self.view.settings.max_concurrent_queries * max(1, len(self.links))
         error = BackendOverloaded(
             f"backend {self.view.tag!r} is full: {running} requests in flight and {len(self.waiting)} "
@@ -141,14 +169,6 @@ class BackendRoute:
         error.retry_after_s = retry_s
         return error
 
-    def _drain_rate(self) -> float:
-        now = self.router.loop.time()
-        elapsed = now - self._rate_since
-        rate = (self.completed - self._rate_from) / elapsed if elapsed > 0 else 0.0
-        if elapsed > 5.0:
-            self._rate_since, self._rate_from = now, self.completed
-        return rate
-
     # --- replicas ---
 
     def follow(self, view: BackendView) -> None:
@@ -156,12 +176,14 @@ class BackendRoute:
         self.view = view
         was, self.addresses = self.addresses, {replica.id: replica for replica in view.replicas}
         self._configure()
-        if not self.links:
+        if not self.links.keys() & self.addresses.keys():  # a new version has none of the old one's
             self._cold |= self.addresses.keys() - was.keys()
         for gone in self._cold - self.addresses.keys():
             self._dialled(gone)
         for replica in view.replicas:
-            if replica.id not in was:
+            if replica.id in self.links:
+                self.links[replica.id].keep()
+            elif replica.id not in was:
                 self.router.start_task(self._dial(replica))
         for link in list(self.links.values()):
             if link.replica.id not in self.addresses:
@@ -169,7 +191,7 @@ class BackendRoute:
         self.dispatch()
 
     async def _dial(self, replica: ReplicaAddress) -> None:
-        while not self._ended and self.addresses.get(replica.id) == replica:
+        while self._lacks(replica):
             try:
                 link = await open_replica_link(self.router, self, replica)
             except (OSError, ProtocolError) as error:
@@ -177,12 +199,19 @@ class BackendRoute:
                 self._dialled(replica.id)
                 await asyncio.sleep(_REDIAL_S)
                 continue
+            if not self._lacks(replica):  # any more: nobody would ever close this link
+                link.discard()
+                return
             self.links[replica.id] = link
             self._configure()
             self.replicas.resume(replica.id)
-            self._dialled(replica.id)
             self.dispatch()
+            self._dialled(replica.id)  # after those who have waited longer
             return
+
+    def _lacks(self, replica: ReplicaAddress) -> bool:
+        """Whether it is still listed there, and has no link."""
+        return not self._ended and self.addresses.get(replica.id) == replica and replica.id not in self.links
 
     def _dialled(self, replica_id: str) -> None:
         self._cold.discard(replica_id)
@@ -192,7 +221,9 @@ class BackendRoute:
                 self.submit(caller)
 
     def _configure(self) -> None:
-        usable = [replica for replica in self.addresses if replica in self.links]
+        usable = [
+            replica for replica in self.addresses if replica in self.links and not self.links[replica].closed
+        ]
         near = [replica for replica in usable if self.addresses[replica].node == self.router.node]
         self.replicas.configure(usable, self.view.settings.max_concurrent_queries, near=near)
 
@@ -219,10 +250,12 @@ class BackendRoute:
         if started:
             caller.ran_twice = True
         caller.tries += 1
-        if caller.tries >= MAX_TRIES:
-            self._died(caller, f"{caller.tries} times before it started the request", started=False)
-        else:
+        if caller.tries < MAX_TRIES:
             self.again(caller)
+        elif caller.ran_twice:
+            self._died(caller, f"{caller.tries} times, once while it ran the request", started=True)
+        else:
+            self._died(caller, f"{caller.tries} times before it started the request", started=False)
 
     def _died(self, caller: Caller, when: str, *, started: bool) -> None:
         self.router.timed.discard(caller)
@@ -241,6 +274,8 @@ class BackendRoute:
         self._cold.clear()
         early, self._early = self._early, []
         for caller in early:
+            self.router.route_again(caller)
+        for caller in self.retries.clear():
             self.router.route_again(caller)
         while self.waiting:
             self.router.route_again(self.waiting.pop())

@@ -79,6 +79,11 @@ class BackendConfig(Options):
     `graceful_shutdown_wait_loop_s` is accepted from old programs and ignored: draining ends the
     moment the last request does. A backend's config always shows its default.
 
+    A replica that has served `max_requests` requests (and up to a tenth more, so that not all are
+    worn out at once), or whose memory has grown beyond `max_rss_bytes`, is replaced: a new one is ready
+    first, then it drains and nothing is lost. One replica of a backend leaves at a time, so one that
+    waits for its turn goes on serving beyond these figures.
+
     >>> BackendConfig(num_replicas="2").given
     {'num_replicas': 2}
     >>> BackendConfig(num_replicas=0)
@@ -98,6 +103,8 @@ class BackendConfig(Options):
     graceful_shutdown_wait_loop_s = Field(2.0, positive, "seconds")
     health_check_period_s = Field(10.0, positive, "seconds")
     health_check_timeout_s = Field(30.0, positive, "seconds")
+    max_requests = Field(None, optional(integer(1)), "requests")
+    max_rss_bytes = Field(None, optional(integer(1)), "bytes")
 
     _aliases: ClassVar[dict[str, str]] = {
         "experimental_graceful_shutdown_timeout_s": "graceful_shutdown_timeout_s",

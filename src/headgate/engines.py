@@ -21,6 +21,7 @@ from headgate.launch import Ending, launch
 if TYPE_CHECKING:
     from headgate.engine.ignition import Spark
     from headgate.launch import Launch
+    from headgate.signals import Held
     from headgate.wire.home import Home
 
 #: The environment variable that says where instances live when the program does not.
@@ -46,7 +47,14 @@ def _takes_part_in_ray() -> bool:
 
 
 def begin(
-    spark: Spark | None, http: Mapping[str, Any], options: Any, *, detached: Any, namespace: Any, insecure: Any
+    spark: Spark | None,
+    http: Mapping[str, Any],
+    options: Any,
+    *,
+    detached: Any,
+    namespace: Any,
+    insecure: Any,
+    held: Held,
 ) -> Client:
     """What `starting.start` goes on with: on this machine if a supervisor was executed, else on Ray."""
     if not isinstance(detached, bool):
@@ -57,21 +65,22 @@ def begin(
     if spark is None:
         from headgate import launch_ray
 
-        on_ray = launch_ray.launch(chosen, namespace, detached, bool(insecure))
-        return _join(on_ray, on_ray.home, detached)
+        with held.let():
+            on_ray = launch_ray.launch(chosen, namespace, detached, bool(insecure))
+        return _join(on_ray, on_ray.home, detached, held)
     launched = launch(spark, chosen, namespace, detached)
     from headgate.wire.home import DirectoryHome
 
-    return _join(launched, DirectoryHome(launched.path, launched.token), detached)
+    return _join(launched, DirectoryHome(launched.path, launched.token), detached, held)
 
 
-def _join(launched: Launch, home: Home, detached: bool) -> Client:
+def _join(launched: Launch, home: Home, detached: bool, held: Held) -> Client:
     ending = Ending(launched, detached)
     try:
         from headgate.instance import Instance  # heavy: imported while the supervisor starts
 
         instance = Instance(home, f"driver-{os.getpid()}-{os.urandom(4).hex()}")
-        address = ending.join(instance)
+        address = ending.join(instance, held)
     except BaseException as error:
         ending.now(force=True)
         if isinstance(error, HeadgateError):

@@ -12,10 +12,12 @@ the membership ends. The headgate thread therefore refers to it weakly.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -54,9 +56,9 @@ class Instance:
         self.closed = False
         self._following = [role == "client"]  # shared with `hello`, which must not hold self
         self._routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router] = WeakKeyDictionary()
-        self._keepers: set[asyncio.Task[None]] = set()
+        self._keepers: dict[asyncio.AbstractEventLoop, LoopEnd] = {}
         self._lock = threading.Lock()
-        self._leave: Callable[[], object] = lambda: None
+        self._leave: Callable[[], object] = self.thread.stop
         self._when_gone: list[Callable[[], object]] = []
         self._watchers: set[Callable[[], object]] = set()
 
@@ -74,13 +76,16 @@ class Instance:
         timeout_s: float | None = None,
     ) -> None:
         """Start the headgate thread and connect. Raises InstanceError if nobody listens, and TimeoutError."""
-        self.thread.start()
         try:
+            if not self.thread.alive:
+                self.thread.start()
             self.thread.connect(self._client(report, on_message), timeout_s)
+            self._leave = weakref.finalize(self, _leave, self.thread, self.control, self._routers, self.pid)
         except BaseException:
+            if hasattr(self, "control"):
+                _on(self.thread.loop, self.control.close)
             self.thread.stop()
             raise
-        self._leave = weakref.finalize(self, _leave, self.thread, self.control, self._routers, self.pid)
         with _join_lock:
             _joined[self.key] = self
         watch = getattr(self.home, "watch", None)
@@ -193,9 +198,10 @@ class Instance:
             with self._lock:
                 self._routers[loop] = router
             if loop is not self.thread.loop:
-                keeper = loop.create_task(_keep(router))
-                self._keepers.add(keeper)
-                keeper.add_done_callback(self._keepers.discard)
+                self._keepers[loop] = LoopEnd(partial(_end, router, self._routers, self._keepers))
+            if self.closed:  # since whoever wants it has asked: `leave` may not have seen it
+                router.close()
+                return router
         if router.snapshot is not self.control.snapshot:
             router.follow(self.control.snapshot)
         return router
@@ -252,12 +258,47 @@ def _on(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
         pass
 
 
-async def _keep(router: Router) -> None:
-    """Close the router when its loop cancels all tasks, as asyncio.run does at its end."""
-    try:
+def _end(
+    router: Router,
+    routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router],
+    keepers: dict[asyncio.AbstractEventLoop, LoopEnd],
+) -> None:
+    """The loop of `router` ends: nothing here is to hold either of them."""
+    router.close()
+    if routers.get(router.loop) is router:
+        del routers[router.loop]
+        keepers.pop(router.loop, None)
+
+
+class LoopEnd:
+    """Calls `close` when the running loop ends; perhaps twice.
+
+    asyncio.run first cancels all tasks that there are. What they begin in their last moments comes too
+    late for that, and is ended when async generators are shut down, which is next.
+    """
+
+    def __init__(self, close: Callable[[], object]) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._until_cancelled())
+        self._task._log_destroy_pending = False  # type: ignore[attr-defined]  # a loop may just close
+        self._task.add_done_callback(lambda task: close())  # a `finally` is not run if it is cancelled before it began
+        self._generator = self._until_shut_down(close)
+        with contextlib.suppress(StopIteration):  # it has come to its yield, and the loop knows it
+            self._generator.asend(None).send(None)
+
+    def now(self) -> None:
+        """Do not wait for the loop's end."""
+        self._task.cancel()
+
+    @staticmethod
+    async def _until_cancelled() -> None:
         await asyncio.get_running_loop().create_future()
-    finally:
-        router.close()
+
+    @staticmethod
+    async def _until_shut_down(close: Callable[[], object]) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            close()
 
 
 def joined(key: str) -> Instance | None:

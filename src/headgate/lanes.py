@@ -19,7 +19,7 @@ from typing import Any
 
 from headgate.calls import Call
 from headgate.errors import EndpointNotFound, InstanceError, RequestCancelled, RequestTimeout
-from headgate.instance import Instance
+from headgate.instance import Instance, LoopEnd
 from headgate.reservations import Actors
 from headgate.router import Router
 from headgate.wire.control import OVER
@@ -46,7 +46,7 @@ class Lane:
         self._scheduled = False
         self._missing: dict[Call, asyncio.TimerHandle] = {}  # -> what ends its patience
         self._sweeper: asyncio.TimerHandle | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._keeper: LoopEnd | None = None
 
     # --- from any thread ---
 
@@ -175,17 +175,12 @@ class Lane:
     def _open(self) -> Router | None:
         if self.closed or not self.instance.usable:
             return None
+        if self._router is not None:  # it was closed: whoever is still with it would wait for ever
+            self._fail_all()
         self._router = self.instance.router()
         if self._keeper is None:
-            self._keeper = self.loop.create_task(self._keep())
-            self._keeper._log_destroy_pending = False  # type: ignore[attr-defined]  # a loop may just close
+            self._keeper = LoopEnd(self.end)
         return self._router
-
-    async def _keep(self) -> None:
-        try:
-            await self.loop.create_future()
-        finally:  # asyncio.run, or the headgate thread, cancels all tasks at its end
-            self.end()
 
     def _sweep(self) -> None:
         self._sweeper = None
@@ -197,7 +192,7 @@ class Lane:
     def retire(self) -> None:
         """Its instance or its loop has ended; from any thread."""
         if self._keeper is not None and self.instance.pid == os.getpid() and not self.loop.is_closed():
-            self.run(self._keeper.cancel)
+            self.run(self._keeper.now)
 
     def end(self) -> None:
         """The loop ends: nothing is answered any more."""

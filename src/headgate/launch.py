@@ -18,13 +18,15 @@ import select
 import signal
 import socket
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headgate.engine import boot, directory, listener
 from headgate.errors import HeadgateError, InstanceError
 from headgate.params import pack
-from headgate.signals import catch_sigterm, release_sigterm
+from headgate.signals import Held, catch_sigterm, release_sigterm
+from headgate.wire.address import listen
 
 if TYPE_CHECKING:
     from headgate.config import HTTPOptions
@@ -37,6 +39,8 @@ START_S = 60.0
 SHUTDOWN_S = 30.0
 #: How long processes may take to end once they were told or killed.
 _DYING_S = 2.0
+#: How often what a killed instance left is looked for.
+_SWEEPS = 10
 
 
 class Launch(Protocol):
@@ -80,8 +84,11 @@ class Launched:
                 os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
             os.close(self._pidfd)
             self._pidfd = -1
-        if os.path.isdir(self.path):  # it was killed
-            directory.sweep(os.path.dirname(self.path))
+        for _ in range(_SWEEPS):
+            if not os.path.isdir(self.path):
+                break
+            directory.sweep(os.path.dirname(self.path))  # it was killed; so was a child that it had just forked,
+            time.sleep(0.005)  # which may hold the lock for a moment
         return True
 
 
@@ -104,9 +111,14 @@ def launch(spark: Spark, options: HTTPOptions, namespace: str, detached: bool) -
         copies.callback(os.close, lock)
         with contextlib.ExitStack() as undo:
             undo.callback(directory.remove, path)
+            directory.write_instance(path, spark.instance)
             token = directory.write_token(path)
-            control = copies.enter_context(listener.bind_unix(os.path.join(path, directory.CONTROL)))
+            control = copies.enter_context(listen(os.path.join(path, directory.CONTROL)))
             address = _write_address(path, http, options)
+            http_fields = portable(options)
+            tls_fd = boot.tls_memory(http_fields)
+            if tls_fd >= 0:
+                copies.callback(os.close, tls_fd)
             record = boot.Boot(
                 instance=spark.instance,
                 namespace=namespace,
@@ -117,7 +129,8 @@ def launch(spark: Spark, options: HTTPOptions, namespace: str, detached: bool) -
                 lock_fd=lock,
                 control_fd=control.fileno(),
                 http_fd=-1 if http is None else http.fileno(),
-                http=portable(options),
+                tls_fd=tls_fd,
+                http=http_fields,
                 middlewares=middlewares,
             )
             boot.tell(spark, record)
@@ -142,12 +155,12 @@ def _write_address(path: str, http: socket.socket | None, options: HTTPOptions) 
 
 
 def portable(options: HTTPOptions) -> dict[str, Any]:
-    """The fields of `options` as they go into a boot record: all but the middlewares."""
-    return {
-        name: str(value) if name == "location" and value is not None else value
-        for name, value in options.to_dict().items()
-        if name != "middlewares"
-    }
+    """The fields of `options` as they go into a boot record: all but the middlewares; paths in full."""
+    fields = {name: value for name, value in options.to_dict().items() if name != "middlewares"}
+    for name, as_text in (("location", str), ("ssl_certfile", os.path.abspath), ("ssl_keyfile", os.path.abspath)):
+        if fields[name] is not None:
+            fields[name] = as_text(fields[name])
+    return fields
 
 
 class Ending:
@@ -165,16 +178,20 @@ class Ending:
         self._done = False
         self._catches_sigterm = False
 
-    def join(self, instance: Instance) -> str | None:
+    def join(self, instance: Instance, held: Held) -> str | None:
         """Become a member, and return when the instance is ready: the URL of the proxy for this node.
+
+        held   the signals, which may come while this waits
 
         Raises InstanceError if it will not be.
         """
         self.instance = instance
         instance.when_gone(self._launched.reap)
+        instance.thread.start()
         try:
-            instance.join(timeout_s=START_S)
-            ready = instance.call("wait_ready", timeout_s=START_S)
+            with held.let():
+                instance.join(timeout_s=START_S)
+                ready = instance.call("wait_ready", timeout_s=START_S)
         except TimeoutError:
             raise InstanceError(f"it was not ready after {START_S:g} s") from None
         address: str | None = ready["http"]
@@ -218,13 +235,14 @@ class Ending:
 
     def _collect(self, force: bool) -> None:
         launched = self._launched
-        if force or not launched.collect():
-            launched.kill()
-            if not launched.collect():
-                launched.kill(signal.SIGKILL)
-                launched.collect()
-        if self.instance is not None:
-            self.instance.leave()
+        with Held():
+            if force or not launched.collect():
+                launched.kill()
+                if not launched.collect():
+                    launched.kill(signal.SIGKILL)
+                    launched.collect()
+            if self.instance is not None:
+                self.instance.leave()
 
     def force(self) -> None:
         """End everything now, also in the middle of `now`."""

@@ -29,7 +29,7 @@ __all__ = ["Caller", "Router"]
 
 SWEEP_S = 0.05
 PING_S = 1.0
-SILENT_S = 3.0
+SILENT_S = 2.5  # looked at once a second: after 3 s at the latest
 
 
 class Router:

@@ -1,4 +1,4 @@
-"""Signals in the user's process: SIGTERM as an ordinary exit, and Ctrl-C while `client.wait()` waits.
+"""Signals in the user's process: SIGTERM as an ordinary exit, Ctrl-C in `client.wait()` and while things start or end.
 
 Rule: handlers are the user's. They are set in the main thread only, SIGTERM's only where nobody
 has set one, and what was there before comes back.
@@ -9,9 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False  # see headgate/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import Any
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -44,6 +47,84 @@ def release_sigterm() -> None:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(_TERMINATED)
+
+
+class Held:
+    """SIGINT and SIGTERM wait while a `with` block runs, if their handlers are Python functions.
+
+    What begins or ends processes is not to be left half done by a KeyboardInterrupt. At the end of the block the
+    handler is called. Inside `let()` the handlers are called as ever: there the block waits for something.
+    Outside of the main thread nothing changes.
+
+    >>> held = Held()
+    >>> try:
+    ...     with held:
+    ...         signal.raise_signal(signal.SIGINT)
+    ...         print("goes on")
+    ... except KeyboardInterrupt:
+    ...     print("interrupted")
+    goes on
+    interrupted
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._noted: list[int] = []
+        self._letting = False
+
+    def __enter__(self) -> Held:
+        if threading.current_thread() is threading.main_thread():
+            try:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    handler = signal.getsignal(number)
+                    if callable(handler):
+                        self._before[number] = handler
+                        signal.signal(number, self._handle)
+            except BaseException:  # the second one's handler, before it was held
+                self._restore()
+                raise
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._letting:
+            self._before[number](number, frame)
+        else:
+            self._noted.append(number)
+
+    def let(self) -> _Let:
+        """A block inside the block in which handlers are called at once; those that waited first."""
+        return _Let(self)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._restore()
+        for number in dict.fromkeys(self._noted):
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        if self._before:
+            number, handler = self._before.popitem()
+            try:
+                signal.signal(number, handler)
+            finally:  # that handler may have been called and have raised
+                self._restore()
+
+
+class _Let:
+    def __init__(self, held: Held) -> None:
+        self._held = held
+
+    def __enter__(self) -> None:
+        held = self._held
+        held._letting = True
+        try:
+            while held._noted:
+                held._handle(held._noted.pop(0), None)
+        except BaseException:
+            held._letting = False
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._held._letting = False
 
 
 class Interrupts:

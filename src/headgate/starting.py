@@ -10,6 +10,7 @@ import os
 import sys
 
 from headgate.engine.ignition import strike
+from headgate.signals import Held
 
 TYPE_CHECKING = False  # see __init__.py
 if TYPE_CHECKING:
@@ -45,19 +46,29 @@ def start(
     insecure       True: also on a cluster that serves everybody who reaches it, without a token
 
     Raises ConfigError (an unknown or bad option, named) and InstanceError (the address cannot be
-    bound, with its holder; a detached instance of that namespace runs already). After an error
-    nothing is left running.
+    bound, with its holder; a detached instance of that namespace runs already). After an error, and after
+    Ctrl-C, nothing is left running.
     """
     given = {"host": http_host, "port": http_port, "middlewares": http_middlewares}
     old = {name: value for name, value in given.items() if value is not _UNSET}
-    spark = strike() if _is_here(engine) else None
+    client = None
     try:
-        from headgate.engines import begin
+        with Held() as held:  # Ctrl-C waits but for where the start does
+            spark = strike() if _is_here(engine) else None
+            try:
+                from headgate.engines import begin
 
-        return begin(spark, old, http_options, detached=detached, namespace=namespace, insecure=insecure)
-    finally:
-        if spark is not None:
-            spark.quench()
+                client = begin(
+                    spark, old, http_options, detached=detached, namespace=namespace, insecure=insecure, held=held
+                )
+            finally:
+                if spark is not None:
+                    spark.quench()
+        return client
+    except BaseException:
+        if client is not None:  # interrupted at the very end
+            client._abandon()
+        raise
 
 
 def _is_here(engine: str | None) -> bool:

@@ -16,13 +16,19 @@ class EndpointStatus(Struct, frozen=True):
 
 
 class BackendStatus(Struct, frozen=True):
-    """One backend: how many replicas it should have, and how many serve."""
+    """One backend: how many replicas it should have, and how many serve.
+
+    `recycled` counts the replicas of this version that were worn out (max_requests, max_rss_bytes of its
+    config); `last_recycled` says which was the last and why.
+    """
 
     tag: str
     version: int
     num_replicas: int
     ready: int
     trouble: str = ""
+    recycled: int = 0
+    last_recycled: str = ""
 
 
 class ReplicaStatus(Struct, frozen=True):

@@ -48,6 +48,7 @@ class FakeNode(FakeEngine):
     """The fake engine, whose proxies also connect.
 
     opens_s    how long `open` takes
+    mute_proxies  whether they do not: they exist, and that is all
     proxies_s  how long `start_proxy` does; the proxy has connected by then
     waits_for  what replicas wait for, by id
     """
@@ -57,6 +58,7 @@ class FakeNode(FakeEngine):
     ) -> None:
         super().__init__(1, loop, habits, nodes)
         self.opens_s = 0.0
+        self.mute_proxies = False
         self.proxies_s = 0.0
         self.waits_for: dict[str, str] = {}
         self.peers: dict[str, FakePeer] = {}
@@ -90,7 +92,7 @@ class FakeNode(FakeEngine):
         id = await super().start_proxy(node)
         if self.broken_proxy and self.broken_node in ("", node):
             self.crash(id, self.broken_proxy)
-        else:
+        elif not self.mute_proxies:
             peer = self.peers[id] = FakePeer(
                 "proxy", id, lambda peer, message: self.hears(peer, message), node=node
             )

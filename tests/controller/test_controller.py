@@ -14,6 +14,7 @@ from fake_instance import FACTS, HABITS, START_S, World
 from fake_peers import FakePeer
 from msgspec.structs import replace
 
+from headgate.controller.proxies import JOIN_S
 from headgate.controller.publisher import PATIENCE_S
 from headgate.errors import (
     ArgumentError,
@@ -525,6 +526,21 @@ async def test_a_proxy_that_dies_is_replaced_at_once(world: World) -> None:
 
 
 @instance(location="HeadOnly")
+async def test_a_proxy_that_never_connects_is_replaced(world: World) -> None:
+    await world.call("wait_ready")
+    world.engine.mute_proxies = True
+    for proxy in world.living("proxy"):
+        world.engine.crash(proxy)
+    await asyncio.sleep(JOIN_S - 1.0)
+    (stuck,) = world.living("proxy")
+    world.engine.mute_proxies = False
+    await asyncio.sleep(2.0)
+    (other,) = world.living("proxy")
+    assert other != stuck
+    assert world.engine.peers[other].snapshots
+
+
+@instance(location="HeadOnly")
 async def test_a_proxy_that_does_not_follow_is_replaced_and_the_call_returns(world: World) -> None:
     await world.call("wait_ready")
     (old,) = world.engine.peers.values()
@@ -667,6 +683,35 @@ async def test_a_new_controller_drains_nobody_that_unknown_routers_may_use(world
     assert world.told(messages.Drain) == []
     await asyncio.sleep(2.0)
     assert world.living() == []
+
+
+@instance()
+async def test_a_pid_that_is_another_process_s_by_now_adopts_nothing(world: World) -> None:
+    await world.create()
+    (gone,) = world.engine.observe()
+    world.crash()
+    world.engine.crash(gone.id)
+    await asyncio.sleep(0.1)
+    id = await world.engine.start_replica(replace(world.engine.started[0], backend="other"))
+    other = world.engine._living[id]
+    other.process = replace(other.process, pid=gone.pid)
+    await world.start()
+    await asyncio.sleep(2.0)
+
+    assert id not in world.living()  # nobody wants it
+    assert world.served() == world.living() != [gone.id]
+
+
+@instance()
+async def test_whoever_says_hello_with_another_pid_changes_nothing(world: World) -> None:
+    await world.create()
+    (known,) = world.engine.observe()
+    impostor = FakePeer("replica", known.id, world.hears)
+    impostor.pid = 4711
+    impostor.hello(follows=False)
+    await asyncio.sleep(1.0)
+
+    assert [one["pid"] for one in (await world.status())["replicas"]] == [known.pid]
 
 
 @instance()

@@ -55,6 +55,19 @@ def test_what_was_stopped_before_it_had_a_process_is_not_wanted() -> None:
     assert not fleet.born(name, ID, pid=7)
 
 
+def test_a_worn_replica_is_counted_once_and_why_is_remembered() -> None:
+    fleet = ready()
+    assert fleet.recycled(GOAL) == (0, "")
+    for phase in ("ready", "draining", "drained"):
+        fleet.reported(ID, report(phase, address="a", worn="it has served 9 requests"), 2.0)
+        assert fleet.seen[ID].worn == "it has served 9 requests"
+    assert fleet.ended(ID, "it was told to", 3.0) is None
+    assert fleet.recycled(GOAL) == (1, f"replica {ID}: it has served 9 requests")
+    assert fleet.failures == {}
+    fleet.forget_failures(set())
+    assert fleet.recycled(GOAL) == (0, "")
+
+
 def test_an_adopted_replica_is_as_it_says() -> None:
     fleet = Fleet()
     for _ in range(2):

@@ -253,15 +253,15 @@ async def test_early_connections_that_come_to_nothing_are_forgotten(world: World
     first = FakePeer("proxy", "first", node="n1")
     proxies.joined(first)
     proxies.left(first)
-    proxies.adopt("first", 7, "n1")
+    proxies.adopt("first", 7, "n1", now())
     assert proxies.peers() == [None]
 
     peers = [FakePeer("proxy", f"p{number}", node="n2") for number in range(EARLY + 1)]
     for peer in peers:
         proxies.joined(peer)
     proxies.left(FakePeer("proxy", "p1"))
-    proxies.adopt("p0", 8, "n2")
-    proxies.adopt("p1", 9, "n2")
+    proxies.adopt("p0", 8, "n2", now())
+    proxies.adopt("p1", 9, "n2", now())
     assert proxies.peers() == [None, None, peers[1]]
 
 

@@ -384,6 +384,14 @@ def test_each_state_has_its_time_out():
     assert [http11.next_deadline(state, 10.0, limits) for state in states] == [11, 12, 13, 14, math.inf]
 
 
+@pytest.mark.parametrize(
+    ("count", "since"),
+    [(0, 5.0), (240, 6.0), (24, 5.1), (1200, 10.0), (10**9, 10.0)],
+)
+def test_progress_earns_a_second_for_every_240_bytes(count, since):
+    assert http11.progressed(5.0, 10.0, count) == since
+
+
 # Properties. A head is made of parts that RFC 9110 and 9112 allow.
 
 TCHAR = string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~"

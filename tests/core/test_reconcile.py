@@ -203,6 +203,57 @@ def test_a_routed_replica_is_never_stopped():
     assert planned([], replicas, now=1e9) == []
 
 
+def test_a_worn_replica_serves_until_a_new_one_is_ready():
+    worn, new = seen(1, worn="it is old"), seen(2, "starting")
+
+    assert planned([goal(1)], [worn]) == [START]
+    assert planned([goal(1)], [worn, new]) == []
+    assert serving(goal(1), [worn, new]) == (worn,)
+    assert reached(goal(1), [worn, new])
+    ready = replace(new, phase="ready")
+    assert serving(goal(1), [worn, ready]) == (ready,)
+    assert planned([goal(1)], [replace(worn, routed=True), ready]) == []
+    assert planned([goal(1)], [worn, ready]) == [Drain("iris#1")]
+
+
+def test_of_worn_replicas_one_leaves_at_a_time_the_oldest_first():
+    one, two, three = (seen(number, worn="it is old") for number in (1, 2, 3))
+    new = seen(4)
+
+    assert planned([goal(3)], [one, two, three]) == [START]
+    assert planned([goal(3)], [one, two, three, replace(new, phase="starting")]) == []
+    assert set(serving(goal(3), [one, two, three, new])) == {new, two, three}
+    assert planned([goal(3)], [one, two, three, new]) == [Drain("iris#1")]
+    assert planned([goal(3)], [replace(one, phase="draining"), two, three, new]) == [START]
+
+
+def test_a_worn_replica_is_the_first_to_go_when_fewer_are_wanted():
+    assert planned([goal(1)], [seen(1, worn="it is old"), seen(2)]) == [Drain("iris#1")]
+
+
+def test_a_worn_replica_whose_successor_fails_serves_on():
+    failures = {("iris", 1): Failures(3, last_at=10.0, error="ValueError: no")}
+    worn = seen(1, worn="it is old")
+
+    assert planned([goal(1)], [worn], failures, now=10.1) == []
+    assert planned([goal(1)], [worn], failures, now=10.4) == [START]
+
+
+def test_a_worn_replica_takes_a_new_user_config_too():
+    assert planned([goal(1, config=1)], [seen(1, worn="it is old")]) == [START, Reconfigure("iris#1", 1)]
+
+
+def test_the_status_says_which_replica_is_worn_and_why():
+    worn = seen(1, worn="it has served 1000 requests (max_requests = 1000)")
+    why = "it has served 1000 requests (max_requests = 1000)"
+    wanted = Goals(backends=(goal(1),))
+
+    assert unmet(wanted, [worn], {}, 0.0) == (f"replica iris#1 serves until a new one is ready: {why}",)
+    assert unmet(wanted, [replace(worn, phase="draining"), seen(2)], {}, 5.0) == (
+        f"replica iris#1 leaves, since {why}: it finishes its requests, for 15.0 s at most",
+    )
+
+
 def test_heard_moves_a_replica_and_notes_when():
     one = heard(seen(1, "starting"), lifecycle.STARTED, 5.0)
 
@@ -284,6 +335,7 @@ REPLICAS = st.lists(
     st.builds(
         seen, st.integers(1, 20), st.sampled_from(lifecycle.PHASES[:-1]), VERSIONS, TIMES, TAGS,
         routed=st.booleans(), config_version=CONFIGS, reconfiguring=st.booleans(),
+        worn=st.sampled_from(["", "", "it is old"]),
     ),
     max_size=8, unique_by=lambda one: one.id,
 )  # fmt: skip

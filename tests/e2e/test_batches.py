@@ -282,43 +282,6 @@ def test_plain_batches_do_not_overlap(client: headgate.Client) -> None:
     assert set(headgate.get([handle.remote() for _ in range(8)])) == {1}
 
 
-WRONG = {
-    "short": (lambda n: [1] * (n - 1), ("2 results for 3 requests",)),
-    "long": (lambda n: [1] * (n + 1), ("4 results for 3 requests",)),
-    "dict": (lambda n: dict.fromkeys(range(n)), ("dict",)),
-    "set": (lambda n: set(range(n)), ("set",)),
-    "none": (lambda n: None, ("NoneType",)),
-    "text": (lambda n: "x" * n, ("str",)),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-@pytest.mark.parametrize("is_async", [False, True])
-def test_a_wrong_batch_result_fails_that_batch_only(client: headgate.Client, kind: str, is_async: bool) -> None:
-    make, texts = WRONG[kind]
-
-    def plain(requests: list[Any]) -> Any:
-        bad = any(request.query_params.get("bad") for request in requests)
-        return make(len(requests)) if bad else ["good"] * len(requests)
-
-    async def later(requests: list[Any]) -> Any:
-        return plain(requests)
-
-    code = headgate.accept_batch(later if is_async else plain)
-    handle = serve(client, code, max_batch_size=3, batch_wait_timeout=0.3)
-    refs = [handle.remote(bad="1") for _ in range(2)]
-    answer = asyncio.run(get(address_of(client), "/it?bad=1"))
-    assert answer.status == 500
-    messages = [answer.text]
-    for ref in refs:
-        with pytest.raises(headgate.RequestError) as caught:
-            headgate.get(ref, timeout=5)
-        messages.append(str(caught.value))
-    for message in messages:
-        assert all(text in message for text in texts), message
-    assert handle.call() == "good"
-
-
 def test_a_batch_that_raises_fails_all_its_requests_and_no_other(client: headgate.Client) -> None:
     def fussy(requests: list[Any]) -> Any:
         if any("bad" in request.query_params for request in requests):

@@ -226,8 +226,11 @@ def test_any_call_after_shutdown_says_so() -> None:
             call()
 
 
-def test_requests_in_flight_finish_before_the_end() -> None:
+def test_requests_in_flight_finish_before_the_end(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+
     def slow(request: Any) -> str:
+        begun.touch()
         time.sleep(0.4)
         return "finished"
 
@@ -237,7 +240,7 @@ def test_requests_in_flight_finish_before_the_end() -> None:
         address = client.http_address
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(httpx.get, f"{address}/it")
-            time.sleep(0.15)
+            eventually(begun.exists)
             client.shutdown()
             assert answer.result().text == "finished"
 
@@ -330,9 +333,9 @@ def test_a_driver_that_is_ended_by_a_signal_leaves_nothing(script: Callable[...,
 
 def test_a_handler_of_the_users_for_sigterm_stays(script: Callable[..., Script]) -> None:
     run = script(
-        "import signal\nsignal.signal(signal.SIGTERM, lambda *_: print('mine', flush=True))\n"
+        "import signal\nseen = []\nsignal.signal(signal.SIGTERM, lambda *_: seen.append(print('mine', flush=True)))\n"
         + SCRIPT
-        + "signal.pause()\nprint(client.get_handle('it').call() > 0)"
+        + "while not seen: time.sleep(0.01)\nprint(client.get_handle('it').call() > 0)"
     )
     run.line()
     run.send(signal.SIGTERM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -269,46 +268,6 @@ def test_waiting_requests_start_in_the_order_in_which_they_came(
 # --- deadlines ---
 
 
-def test_what_waits_beyond_its_deadline_is_answered_504_and_never_starts(
-    client: headgate.Client, block: Callable[..., Block]
-) -> None:
-    held = block(request_timeout_s=0.5, max_concurrent_queries=2)
-
-    async def main() -> None:
-        first = asyncio.create_task(get(address_of(client), "/it?id=first"))
-        await asyncio.to_thread(eventually, lambda: held.started)
-        began = time.monotonic()
-        waiting = asyncio.create_task(get_many(address_of(client), ["/it?id=late"] * 5))
-        with pytest.raises(headgate.RequestTimeout):
-            await asyncio.to_thread(held.handle.call, id="late")
-        assert {answer.status for answer in await waiting} == {504}
-        assert 0.4 < time.monotonic() - began < 2.5
-        assert (await first).status == 504
-        held.release()
-
-    asyncio.run(main())
-    time.sleep(0.2)
-    assert held.started == ["first"]
-    assert held.handle.call(id="after") == "done"
-
-
-def test_an_async_handler_is_cancelled_at_its_deadline(client: headgate.Client, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-
-    async def slow(request: Any) -> str:
-        try:
-            await asyncio.sleep(float(request.query_params.get("s", "0")))
-        except asyncio.CancelledError:
-            log.write_text("cancelled")
-            raise
-        return "done"
-
-    handle = serve(client, slow, request_timeout_s=0.3, max_concurrent_queries=1)
-    assert asyncio.run(get(address_of(client), "/it?s=60")).status == 504
-    eventually(lambda: log.exists() and log.read_text() == "cancelled")
-    assert handle.call() == "done"  # its slot is free again
-
-
 def test_a_handle_s_timeout_counts_if_it_is_the_shorter_one(client: headgate.Client) -> None:
     async def slow(request: Any) -> None:
         await asyncio.sleep(60)
@@ -318,57 +277,3 @@ def test_a_handle_s_timeout_counts_if_it_is_the_shorter_one(client: headgate.Cli
     with pytest.raises(headgate.RequestTimeout):
         handle.options(timeout_s=0.2).call()
     assert time.monotonic() - began < 2
-
-
-def test_a_plain_handler_that_never_returns_costs_its_replica(client: headgate.Client) -> None:
-    def stuck(request: Any) -> int:
-        if "forever" in request.query_params:
-            time.sleep(3600)
-        return os.getpid()
-
-    handle = serve(client, stuck, request_timeout_s=0.5, health_check_timeout_s=1.0)
-    before = handle.call()
-    assert asyncio.run(get(address_of(client), "/it?forever=1")).status == 504
-    began = time.monotonic()
-    assert os.path.exists(f"/proc/{before}")
-    eventually(lambda: not os.path.exists(f"/proc/{before}"), 8)
-    assert time.monotonic() - began > 0.5
-
-    def after() -> int | None:
-        try:
-            return handle.call()
-        except headgate.RequestError:
-            return None
-
-    assert eventually(after, 8) != before
-
-
-def test_an_async_handler_that_blocks_its_loop_for_ever_costs_its_replica(client: headgate.Client) -> None:
-    async def stuck(request: Any) -> int:
-        if "forever" in request.query_params:
-            time.sleep(3600)
-        return os.getpid()
-
-    handle = serve(client, stuck, request_timeout_s=0.5, health_check_timeout_s=1.0)
-    before = handle.call()
-    assert asyncio.run(get(address_of(client), "/it?forever=1")).status == 504
-    eventually(lambda: not os.path.exists(f"/proc/{before}"), 10)
-
-    def after() -> int | None:
-        try:
-            return handle.call()
-        except headgate.RequestError:
-            return None
-
-    assert eventually(after, 8) != before
-
-
-def test_a_loop_that_is_held_up_for_a_while_costs_nothing(client: headgate.Client) -> None:
-    async def slow(request: Any) -> int:
-        time.sleep(float(request.query_params.get("s", "0")))
-        return os.getpid()
-
-    handle = serve(client, slow, health_check_timeout_s=0.5)
-    before = handle.call()
-    assert handle.call(s="2.5") == before
-    assert handle.call() == before

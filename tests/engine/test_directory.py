@@ -128,6 +128,28 @@ def test_the_sweep_touches_nothing_of_others(root: str) -> None:
     assert not os.path.exists(living)
 
 
+def test_a_run_directory_that_others_may_enter_is_refused(root: str) -> None:
+    path, lock = directory.create(root, "d-default")
+    os.close(lock)
+    os.chmod(path, 0o711)
+    with pytest.raises(InstanceError, match="not a private directory of this user"):
+        directory.create(root, "d-default")
+    os.chmod(path, 0o700)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+        with pytest.raises(InstanceError, match="owner 65534"):
+            directory.create(root, "d-default")
+        os.chown(path, 0, 0)
+    os.rename(path, f"{root}/elsewhere")
+    os.symlink("elsewhere", path)
+    with pytest.raises(InstanceError, match="not a private directory of this user"):
+        directory.create(root, "d-default")
+    os.unlink(path)
+    os.rename(f"{root}/elsewhere", path)
+    _, lock = directory.create(root, "d-default")
+    os.close(lock)
+
+
 def test_removing_twice_is_fine(root: str) -> None:
     path, lock = directory.create(root, "1f3a90c2")
     directory.remove(path)

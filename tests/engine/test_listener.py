@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 import pytest
 
@@ -70,21 +69,19 @@ def test_a_host_that_cannot_be_bound_is_named(host: str) -> None:
         listener.bind(host, 8000)
 
 
-def test_a_unix_socket_is_for_this_user_only(run_dir: Path) -> None:
-    path = str(run_dir / "x.sock")
-    with listener.bind_unix(path) as sock, socket.socket(socket.AF_UNIX) as client:
-        assert os.stat(path).st_mode & 0o777 == 0o600
-        client.connect(path)
-        sock.accept()[0].close()
-        with pytest.raises(InstanceError, match="Address already in use"):
-            listener.bind_unix(path)
-    os.unlink(path)
-
-
-def test_a_unix_path_that_is_too_long_is_told_with_its_length(run_dir: Path) -> None:
-    path = str(run_dir / ("x" * 107))
-    with pytest.raises(InstanceError, match=f"has {len(path)} bytes.* at most 107"):
-        listener.bind_unix(path)
+def test_who_has_connected_is_accepted_when_nobody_else_is_admitted_any_more() -> None:
+    with listener.bind("127.0.0.1", 0) as sock:
+        assert not listener.has_waiting(sock)
+        with socket.create_connection(sock.getsockname(), timeout=5) as early:
+            listener.admit_no_more(sock)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(sock.getsockname(), timeout=0.1)
+            assert listener.has_waiting(sock)
+            accepted, _ = sock.accept()
+            with accepted:
+                early.sendall(b"hello")
+                assert accepted.recv(10) == b"hello"
+            assert not listener.has_waiting(sock)
 
 
 def test_a_node_s_own_address_can_be_bound() -> None:

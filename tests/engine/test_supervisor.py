@@ -254,6 +254,26 @@ def test_what_a_replica_finds_around_it(instance: Instance) -> None:
     assert os.path.join(instance.directory, directory.LOCK) not in facts["fds"]
 
 
+def test_a_controller_that_stays_stopped_is_replaced_and_one_that_goes_on_is_not() -> None:
+    tiny = Instance(main="tiny:supervise_impatiently")
+    try:
+        tiny.meet_controller()
+        kept = tiny.fork().pid
+        first = controller_of(tiny)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            os.kill(first, number)
+            time.sleep(0.1)
+        time.sleep(0.6)
+        assert not gone(first)
+        os.kill(first, signal.SIGSTOP)
+        assert eventually(lambda: gone_entirely(first))
+        tiny.meet_controller()
+        assert controller_of(tiny) != first
+        assert [child.pid for child in tiny.children().values()] == [kept]
+    finally:
+        tiny.close()
+
+
 def test_a_stopped_controller_holds_up_nobody(instance: Instance) -> None:
     """Its answers wait in the supervisor, which goes on reaping."""
     forked = [instance.fork() for _ in range(3)]

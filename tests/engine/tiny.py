@@ -25,6 +25,7 @@ import msgspec
 from headgate.engine import asks, boot, directory, ignition, listener, roles, supervisor
 from headgate.engine.roles import Role
 from headgate.wire import home
+from headgate.wire.address import listen
 
 HERE = Path(__file__).parent
 
@@ -45,6 +46,12 @@ def supervise_replicas(boot_fd: int) -> None:
 def supervise_unasked(boot_fd: int) -> None:
     """As `supervise`, with a role that nobody has to ask for."""
     supervisor.main(boot.read(boot_fd), {**ROLES, "early": Role("tiny:sleeper", "tiny-early", unasked=True)})
+
+
+def supervise_impatiently(boot_fd: int) -> None:
+    """As `supervise`; a controller may be stopped for half a second only."""
+    supervisor._STOPPED_S = 0.5
+    supervise(boot_fd)
 
 
 def supervise_node(boot_fd: int) -> None:
@@ -180,8 +187,8 @@ class Instance:
         name = directory.name_of("tiny") if detached else os.urandom(4).hex()
         self.directory, lock = directory.create(root, name)
         self.token = directory.write_token(self.directory)
-        self.control = listener.bind_unix(os.path.join(self.directory, directory.CONTROL))
-        self._test = listener.bind_unix(os.path.join(self.directory, "test.sock"))
+        self.control = listen(os.path.join(self.directory, directory.CONTROL))
+        self._test = listen(os.path.join(self.directory, "test.sock"))
         self._test.settimeout(10)
         http = listener.bind("127.0.0.1", 0)
         self.port = http.getsockname()[1]

@@ -26,9 +26,10 @@ class FakeTransport:
         self.closing = self.aborted = self.reading_paused = self.eof_written = False
         self.untaken = 0
         self.peer = peer
+        self.socket: Any = None  # where what the client sent lies before it is read
 
     def get_extra_info(self, name: str) -> Any:
-        return {"peername": self.peer, "sockname": ("127.0.0.1", 8000)}[name]
+        return {"peername": self.peer, "sockname": ("127.0.0.1", 8000), "socket": self.socket}[name]
 
     def write(self, data: bytes) -> None:
         assert not self.closing, "written after close"

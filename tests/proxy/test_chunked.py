@@ -66,6 +66,9 @@ INVALID = {
     b"3e8\r\n" + b"x" * 1000 + b"\r\n1\r\n": 413,
     b"0\r\nbad\r\n": 400,
     b"0\r\na : b\r\n": 400,
+    b"0\r\na: b\r\nContent-Length: 5\r\n": 400,
+    b"0\r\ntransfer-encoding: chunked\r\n": 400,
+    b"0\r\nHOST: a\r\n": 400,
     b"0\r\n" + b"a: b\r\n" * 50: 431,
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
-from fakes import Wire, get, post
+from fakes import DATE, Wire, get, post
 
 from headgate.core.http11 import IDLE
 from headgate.errors import BackendOverloaded, ReplicaDied
@@ -77,6 +79,34 @@ def test_a_request_may_be_cut_anywhere(name: str) -> None:
         assert len(wire.statuses()) == len(whole)
     single = Wire()
     assert run(single, *(stream[at : at + 1] for at in range(len(stream)))) == whole
+
+
+@pytest.mark.parametrize("first", [b"", get()])
+def test_one_empty_line_before_a_request_is_ignored_however_it_is_cut(first: bytes) -> None:
+    stream = first + b"\r\n" + get()
+    for cut in range(len(first), len(stream)):
+        pieces = first, stream[len(first) : cut], stream[cut:]
+        assert len(run(Wire(), *filter(None, pieces))) == 1 + bool(first)
+
+
+def test_a_second_empty_line_is_refused_however_it_is_cut() -> None:
+    stream = b"\r\n\r\n" + get()
+    for cut in range(1, len(stream)):
+        wire = Wire()
+        assert not run(wire, stream[:cut], stream[cut:])
+        assert wire.statuses() == [400]
+
+
+def test_an_empty_line_begins_no_request(wire: Wire) -> None:
+    wire.receive(get())
+    wire.reply()
+    wire.receive(b"\r")
+    wire.receive(b"\n")
+    wire.server.sweep(60.0, 0.0)
+    assert wire.statuses() == [200]
+    wire.server.sweep(76.0, 0.0)
+    assert wire.transport.closing
+    assert wire.statuses() == []
 
 
 def test_a_chunked_body_arrives_whole(wire: Wire) -> None:
@@ -300,13 +330,32 @@ def test_a_slow_head_is_answered_with_408(wire: Wire) -> None:
 
 
 def test_a_body_that_makes_no_progress_is_answered_with_408(wire: Wire) -> None:
-    wire.receive(post(b"x" * 10)[:-5])
+    wire.receive(post(b"x" * 100_000)[:-50_000])
     wire.server.sweep(25.0, 0.0)
-    wire.receive(b"x")
+    wire.receive(b"x" * 10_000)
     wire.server.sweep(50.0, 0.0)
     assert wire.output == b""
     wire.server.sweep(56.0, 0.0)
     assert wire.statuses() == [408]
+
+
+@pytest.mark.parametrize("kind", ["length", "chunks"])
+def test_a_body_that_drips_is_answered_with_408(wire: Wire, kind: str) -> None:
+    length = "Content-Length: 100000" if kind == "length" else "Transfer-Encoding: chunked"
+    wire.receive(get("/hello", length, method="POST"))
+    for second in range(1, 33):
+        wire.server.sweep(float(second), 0.0)
+        if not wire.transport.eof_written:
+            wire.receive(b"x" if kind == "length" else b"1\r\nx\r\n")
+    assert wire.statuses() == [408]
+
+
+def test_a_body_that_comes_at_a_fair_speed_has_all_the_time(wire: Wire) -> None:
+    wire.receive(post(b"x" * 100_000)[:-100_000])
+    for second in range(1, 101):
+        wire.server.sweep(float(second), 0.0)
+        wire.receive(b"x" * 1000)
+    assert len(wire.router.seen[0][1]) == 100_000
 
 
 def test_a_running_request_has_all_the_time(wire: Wire) -> None:
@@ -329,13 +378,33 @@ def test_a_client_that_does_not_take_its_answer_is_cut_off(wire: Wire) -> None:
     wire.receive(get())
     wire.start()
     wire.connection.pause_writing()
-    for now, untaken in ((0.0, 100), (29.0, 90), (58.0, 80), (87.0, 80)):
+    for now, untaken in ((0.0, 100_000), (29.0, 90_000), (58.0, 80_000), (87.0, 80_000)):
         wire.transport.untaken = untaken
         wire.server.sweep(now, 0.0)
         assert not wire.transport.aborted
     wire.server.sweep(88.0, 0.0)
     assert wire.transport.aborted
     assert wire.router.cancelled == [wire.connection]
+
+
+def test_a_client_that_takes_its_answer_drop_by_drop_is_cut_off(wire: Wire) -> None:
+    wire.receive(get())
+    wire.start()
+    wire.connection.pause_writing()
+    for second in range(33):
+        assert wire.transport.aborted == (second > 31)
+        wire.transport.untaken = 100_000 - second
+        wire.server.sweep(float(second), 0.0)
+
+
+def test_an_answer_that_grows_while_its_client_takes_nothing_is_no_progress(wire: Wire) -> None:
+    wire.receive(get())
+    wire.start()
+    wire.connection.pause_writing()
+    for second in range(33):
+        assert wire.transport.aborted == (second > 30)
+        wire.transport.untaken = 100_000 + second
+        wire.server.sweep(float(second), 0.0)
 
 
 def test_more_connections_than_the_limit_get_503() -> None:
@@ -473,10 +542,46 @@ def test_a_server_that_leaves_closes_idle_connections_and_finishes_the_others(wi
     _, idle_transport = wire.connect()
     wire.receive(get())
     wire.server.leave()
+    assert not idle_transport.closing  # a request may be on its way
+    wire.server.close_idle()
     assert idle_transport.closing
+    assert not wire.transport.closing
     wire.reply()
     assert b"connection: close\r\n" in wire.output
     assert wire.transport.closing
+
+
+def test_a_request_that_comes_while_the_server_leaves_is_its_connection_s_last(wire: Wire) -> None:
+    wire.server.leave()
+    wire.receive(get())
+    wire.server.close_idle()
+    wire.reply()
+    assert b"connection: close\r\n" in wire.output
+    assert wire.transport.closing
+
+
+def test_a_connection_with_bytes_that_were_not_read_yet_is_not_idle(wire: Wire) -> None:
+    client, server = socket.socketpair()
+    with client, server:
+        wire.transport.socket = server
+        wire.server.leave()
+        client.send(get())
+        wire.server.close_idle()
+        wire.server.sweep(100.0, DATE)
+        assert not wire.transport.closing
+        wire.receive(server.recv(1000))
+        wire.reply()
+        assert b"connection: close\r\n" in wire.output
+        assert wire.transport.closing
+
+
+def test_the_client_of_an_idle_connection_hears_at_once_that_it_is_closed(wire: Wire) -> None:
+    client, server = socket.socketpair()
+    with client, server:
+        wire.transport.socket = server
+        wire.server.leave()
+        wire.server.close_idle()
+        assert client.recv(1) == b""
 
 
 # --- who asks ---
@@ -507,9 +612,16 @@ def test_an_invalid_request_id_is_replaced(wire: Wire) -> None:
     assert b"x" * 129 not in wire.output
 
 
-def test_an_absolute_target_reaches_the_replica_in_origin_form(wire: Wire) -> None:
-    wire.receive(get("http://x/hello?a"))
+@pytest.mark.parametrize("target", ["http://x/hello?a", "/hello?a#b", "http://x/hello?a#b/c?d"])
+def test_a_target_reaches_the_replica_in_origin_form(wire: Wire, target: str) -> None:
+    wire.receive(get(target))
     assert wire.router.seen[0][0] == get("/hello?a")
+
+
+@pytest.mark.parametrize("target", ["/hello", "/hello?", "/hello?a?b", "/%68ello"])
+def test_a_target_in_origin_form_stays_as_it_is(wire: Wire, target: str) -> None:
+    wire.receive(get(target, "X-A: b"))
+    assert wire.router.seen[0][0] == get(target, "X-A: b")
 
 
 @pytest.mark.parametrize("method", ["PURGE", "get", "M-SEARCH"])

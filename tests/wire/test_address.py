@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from headgate.errors import InstanceError, ProtocolError
-from headgate.wire.address import address_of, connect_to, is_remote, listen, prepare
+from headgate.wire.address import MAX_UNIX_PATH_BYTES, address_of, connect_to, is_remote, listen, prepare
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_a_path_is_for_this_user_only_and_an_abstract_name_leaves_no_file(short_
         assert stat.S_IMODE((short_dir / "s").stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("address", ["@headgate-test-address", "tcp://127.0.0.1:0"])
-def test_an_address_that_is_taken_is_named(address: str) -> None:
-    with listen(address) as first:
+@pytest.mark.parametrize("address", ["@headgate-test-address", "tcp://127.0.0.1:0", "PATH"])
+def test_an_address_that_is_taken_is_named(address: str, short_dir: Path) -> None:
+    with listen(str(short_dir / "s") if address == "PATH" else address) as first:
         taken = address_of(first)
         with pytest.raises(InstanceError, match=r"cannot listen on .*in use") as raised:
             listen(taken)
@@ -67,8 +67,15 @@ def test_an_address_that_is_taken_is_named(address: str) -> None:
 def test_a_place_that_cannot_be_bound_is_named(short_dir: Path) -> None:
     with pytest.raises(InstanceError, match=r"cannot listen on .*No such file"):
         listen(str(short_dir / "missing" / "s"))
-    with pytest.raises(InstanceError, match=r"cannot listen on .*too long"):
-        listen("@" + "x" * 200)
+
+
+def test_a_unix_address_may_have_107_bytes(short_dir: Path) -> None:
+    room = MAX_UNIX_PATH_BYTES - len(f"{short_dir}/")
+    for longest in (str(short_dir / ("x" * room)), "@" + "x" * (MAX_UNIX_PATH_BYTES - 1)):
+        listen(longest).close()
+        with pytest.raises(InstanceError, match=r"cannot listen on .* at most 107 bytes, this one 108") as raised:
+            listen(longest + "x")
+        assert ("set XDG_RUNTIME_DIR" in str(raised.value)) == longest.startswith("/")
 
 
 def test_a_port_can_be_bound_again_at_once() -> None:

@@ -364,6 +364,19 @@ def test_more_descriptors_than_a_handshake_may_pass_are_refused_and_closed(files
         accepting(dialer)
 
 
+def test_a_dialer_cannot_pass_descriptors_with_each_byte(files: list[int]) -> None:
+    """It is refused at the first one too many, not when its greeting is complete."""
+
+    async def dialer(peer: Raw) -> None:
+        for place in range(3):
+            socket.send_fds(peer.sock, [greeting()[place : place + 1]], files[:1])
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(3600)
+
+    with pytest.raises(ProtocolError, match="more file descriptors than a handshake may"):
+        accepting(dialer)
+
+
 def test_the_descriptors_of_a_dialer_that_is_refused_are_closed(files: list[int]) -> None:
     async def version(peer: Raw) -> None:
         socket.send_fds(peer.sock, [greeting(version=9)], files[:2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headgate import logs
+from headgate.controller.failpoints import reach
 from headgate.controller.fleet import LOCAL, Fleet
 from headgate.controller.store import Store
 from headgate.core import lifecycle
@@ -30,10 +31,13 @@ class Actions:
 
     async def start(self, name: str, goal: BackendGoal) -> None:
         """Start a replica of `goal` that the fleet counts as `name`. Raises what the engine raises."""
+        reach("replica.before_start")
         id = await self._engine.start_replica(self._spec(goal))
+        reach("replica.asked")
         processes = {process.id: process for process in self._engine.observe()}
         pid, node = (processes[id].pid, processes[id].node) if id in processes else (0, LOCAL)
         if self._fleet.born(name, id, pid, node):
+            reach("replica.started")
             log.debug("replica %s starts, version %d", id, goal.version)
         else:  # nobody wants it any more
             self._engine.kill(id)
@@ -49,11 +53,15 @@ class Actions:
                 self._fleet.configuring(id, config_version)
             case Drain(id):
                 patience = self._patience.get(one.backend, one.graceful_shutdown_timeout_s)
+                reach("drain.before")
                 self._engine.tell(id, messages.Drain(patience))
+                reach("drain.told")
                 self._fleet.drained(id, now)
                 log.debug("replica %s drains", id)
             case Stop(id, reason):
+                reach("stop.before")
                 self._engine.kill(id)
+                reach("stop.told")
                 self._fleet.stopped(id, now)
                 log.info("replica %s is stopped: %s", id, reason)
 
@@ -68,7 +76,9 @@ class Actions:
     def _configure(self, id: str, goal: BackendGoal, config_version: int) -> None:
         same = config_version == goal.config_version
         path = self._store.path(goal.user_config) if same and goal.user_config else None
+        reach("configure.before")
         self._engine.tell(id, messages.Configure(goal.settings, config_version, path))
+        reach("configure.told")
         self._fleet.told(id, goal.settings)
 
     def _spec(self, goal: BackendGoal) -> messages.ReplicaSpec:

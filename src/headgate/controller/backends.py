@@ -117,7 +117,7 @@ class Backends:
         """Wait until a stored change of a backend has had its effect."""
         controller = self._controller
         await controller.until(lambda: self._is_settled(tag))
-        await controller.publisher.in_force(controller.publisher.snapshot.version)
+        await controller.in_force(controller.publisher.snapshot.version)
 
     def _is_settled(self, tag: str) -> bool:
         """Whether the backend has the replicas that it should have and no others of its version."""
@@ -161,7 +161,7 @@ class Backends:
         controller.deployments.cancel(tag, f"backend {tag!r} was deleted while it was being started")
         async with controller.deployments.turn(tag):
             version = controller.commit(lambda goals: change.remove_backend(goals, tag))
-            await controller.publisher.in_force(version)
+            await controller.in_force(version)
             if force:
                 controller.stop_now(tag)
             await controller.until(lambda: not controller.fleet.of(tag))

@@ -17,6 +17,7 @@ import msgspec
 
 from headgate import errors, logs
 from headgate.controller.backends import Backends
+from headgate.controller.failpoints import reach
 from headgate.controller.status import endpoints, status
 from headgate.core import goals as change
 from headgate.errors import HeadgateError, InstanceError, ProtocolError
@@ -56,6 +57,8 @@ class Calls:
         method = getattr(self, name, None) or getattr(self._backends, name, None)
         if method is None:
             raise ProtocolError(f"the controller has no call {request.method!r}")
+        if _is_change(request):
+            reach("call.received")
         if request.method not in _ALWAYS:
             await self._controller.until(lambda: not self._controller.adopting)
             self._check_open()
@@ -133,7 +136,7 @@ class Calls:
     # --- endpoints ---
 
     async def _in_force(self, new: Any) -> None:
-        await self._controller.publisher.in_force(self._controller.commit(new))
+        await self._controller.in_force(self._controller.commit(new))
 
     async def do_create_endpoint(self, call: str, params: Any) -> None:
         name, backend, route, methods = (params.get(key) for key in ("name", "backend", "route", "methods"))
@@ -167,15 +170,25 @@ _OF_A_NODE = frozenset({"start_info", "wait_ready"})
 def _respond(peer: PeerLike, request: messages.Request, task: asyncio.Task[Any]) -> None:
     if task.cancelled():
         return
+    if _is_change(request):
+        reach("answer.before")
+    peer.tell(_response(request, task))
+    if _is_change(request):
+        reach("answer.sent")
+
+
+def _response(request: messages.Request, task: asyncio.Task[Any]) -> messages.Response:
     error = task.exception()
     if error is None:
-        value = msgspec.Raw(msgspec.msgpack.encode(task.result()))
-        peer.tell(messages.Response(request.id, value))
-        return
+        return messages.Response(request.id, msgspec.Raw(msgspec.msgpack.encode(task.result())))
     if not isinstance(error, HeadgateError):
         log.error("%s failed", request.method, exc_info=error)
         error = HeadgateError(
             f"{request.method} failed in the controller: {type(error).__name__}: {error}; its log has the "
             "traceback; this is a bug of headgate, please report it"
         )
-    peer.tell(messages.Response(request.id, error=errors.to_wire(error)))
+    return messages.Response(request.id, error=errors.to_wire(error))
+
+
+def _is_change(request: messages.Request) -> bool:
+    return request.method.startswith(("create_", "update_", "delete_", "set_", "shadow_"))

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from headgate import logs
 from headgate.controller.actions import Actions
 from headgate.controller.deployments import Deployments
+from headgate.controller.failpoints import reach
 from headgate.controller.fleet import Fleet, Setback
 from headgate.controller.proxies import Proxies
 from headgate.controller.publisher import PeerLike, Publisher
@@ -45,6 +46,11 @@ ADOPT_S = 1.0
 #: How long it holds that there may be routers which have not reconnected yet. One that comes later is
 #: answered by draining replicas that it must go elsewhere.
 UNKNOWN_ROUTERS_S = 0.5
+#: The failpoints of what replicas say.
+_POINTS = {
+    (lifecycle.STARTING, lifecycle.READY): "replica.ready",
+    (lifecycle.DRAINING, lifecycle.DRAINED): "drain.ended",
+}
 
 
 class Controller:
@@ -101,6 +107,7 @@ class Controller:
         """
         await self.engine.open(self.on_event)
         self._load(is_empty=not any(process.kind == "replica" for process in self.engine.observe()))
+        reach("takeover.loaded")
         for process in self.engine.observe():
             self._adopt(process)
         self._takeover.looked = True
@@ -118,7 +125,7 @@ class Controller:
         if self.adopting:
             self._takeover.found(process.id)
         if process.kind == "proxy":
-            self.proxies.adopt(process.id, process.pid, process.node)
+            self.proxies.adopt(process.id, process.pid, process.node, self.loop.time())
         else:
             self.fleet.adopt(
                 process.id, process.backend, process.version, process.pid, process.node, self.loop.time()
@@ -142,6 +149,9 @@ class Controller:
     def _adopted(self) -> None:
         if self.adopting:
             self._takeover.end()
+            reach("takeover.over")
+            if self.lost is None:
+                self._collect_blobs()
             self.poke()
 
     def _routers_known(self) -> None:
@@ -171,8 +181,10 @@ class Controller:
         if goals != self.goals:
             self.store.save(goals)
             before, self.goals = self.goals, goals
+            reach("goals.taken")
             if goals.backends != before.backends:
                 self._collect_blobs()
+            reach("blobs.collected")
         self.tick()
         return self.publisher.snapshot.version
 
@@ -185,14 +197,22 @@ class Controller:
         deployment = self.deployments.begin(goal)
         try:
             self.poke()
+            reach("deploy.begun")
             await deployment.done
+            reach("deploy.reached")
             version = self.commit(lambda goals: commit(goals, goal))
         finally:
             self.deployments.end(deployment)
             self.fleet.forget_failures(self._versions())
             self._collect_blobs()
             self.poke()
+        reach("deploy.ended")
+        await self.in_force(version)
+
+    async def in_force(self, version: int) -> None:
+        """Wait until each process that follows has that snapshot in force, was fenced, or is gone."""
         await self.publisher.in_force(version)
+        reach("change.in_force")
 
     def _versions(self) -> set[reconcile.Version]:
         wanted = (*self.goals.backends, *self.deployments.candidates())
@@ -232,6 +252,8 @@ class Controller:
                 waiter.set_result(None)
 
     def _step(self, now: float) -> None:
+        for id in self.proxies.take_late(now):
+            self.kill(id, "it has not connected in time")
         for node in self.proxies.take_missing(now):
             self.spawn(self._start_proxy(node))
         if not self.adopting and self.lost is None:
@@ -337,6 +359,7 @@ class Controller:
         if event.id not in self.fleet.seen:
             self._keep(event)
             return
+        reach("replica.gone")
         expected = self.fleet.seen[event.id].phase == lifecycle.STOPPING
         self._set_back(self.fleet.ended(event.id, event.cause, now))
         log.log(logging.DEBUG if expected else logging.WARNING, "replica %s is gone: %s", event.id, event.cause)
@@ -353,6 +376,8 @@ class Controller:
 
     def _on_report(self, id: str, report: messages.Report, now: float) -> None:
         before = self.fleet.seen[id].phase
+        if point := _POINTS.get((before, report.phase)):
+            reach(point)
         try:
             self._set_back(self.fleet.reported(id, report, now))
         except ProtocolError as error:

@@ -10,9 +10,12 @@ What follows from all this is decided in core/reconcile.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct
 from msgspec.structs import replace
 
+from headgate import logs
 from headgate.core import lifecycle, reconcile
 from headgate.core.reconcile import UNKNOWN_CONFIG, Failures, Seen, Version
 from headgate.core.state import BackendGoal, Facts, Settings
@@ -29,6 +32,8 @@ EARLY = 1000
 #: How much of an error's last line is shown where it is one among others.
 LINE_CHARS = 200
 LOCAL = "local"
+log = logs.get("controller")
+
 _START_ERROR = BackendStartError.__name__
 
 #: What must have happened to a replica that reports this phase.
@@ -99,6 +104,7 @@ class Fleet:
         self.failures: dict[Version, Failures] = {}
         self._restarts: dict[Version, int] = {}
         self._last_errors: dict[Version, str] = {}
+        self._recycled: dict[Version, tuple[int, str]] = {}  # how many were worn out, and why the last was
         self._configs: dict[str, int] = {}
         self._notes: dict[str, _Notes] = {}
         self._asked = 0
@@ -139,7 +145,8 @@ class Fleet:
         """A replica has connected: where it is, it knows itself. It may be one that is not known yet."""
         one = self.seen.get(id)
         if one is not None:
-            self.seen[id] = replace(one, pid=pid or one.pid, node=_node(one, node))
+            is_forked = one.node == node == LOCAL and one.pid  # then the supervisor, its parent, knows
+            self.seen[id] = replace(one, pid=one.pid if is_forked else pid or one.pid, node=_node(one, node))
             return
         self._met[id] = pid, node
         if len(self._met) > EARLY:
@@ -171,7 +178,10 @@ class Fleet:
             address=report.address or one.address,
             remote=report.remote or one.remote,
             node=_node(one, report.node),
+            worn=report.worn,
         )
+        if report.worn and not before.worn:
+            self._wear_out(one, report.worn)
         self.seen[id] = _configured(one, report, first=before.phase == lifecycle.STARTING)
         if report.phase == "failed":
             error = report.error or "it gave no reason"
@@ -180,6 +190,12 @@ class Fleet:
         if before.reconfiguring and self.seen[id].config_version == UNKNOWN_CONFIG:
             return self._setback(before, report.error, True, before.config_version)
         return None
+
+    def _wear_out(self, one: Seen, reason: str) -> None:
+        version = one.backend, one.version
+        count, _ = self._recycled.get(version, (0, ""))
+        self._recycled[version] = count + 1, f"replica {one.id}: {reason}"
+        log.info("replica %s is to be replaced: %s", one.id, reason)
 
     def ended(self, id: str, cause: str, now: float) -> Setback | None:
         """The process of a replica is gone, or could not be made."""
@@ -261,7 +277,10 @@ class Fleet:
 
     def forget_failures(self, versions: set[Version]) -> None:
         """Keep the failures of these versions only."""
-        for history in (self.failures, self._restarts, self._last_errors):
+        histories: tuple[dict[Version, Any], ...] = (
+            self.failures, self._restarts, self._last_errors, self._recycled,
+        )  # fmt: skip
+        for history in histories:
             for version in history.keys() - versions:
                 del history[version]
 
@@ -279,6 +298,10 @@ class Fleet:
         """How often replicas of the same version failed, and the last line of the newest failure."""
         version = self.seen[id].backend, self._notes[id].version
         return self._restarts.get(version, 0), self._last_errors.get(version, "")
+
+    def recycled(self, goal: BackendGoal) -> tuple[int, str]:
+        """How many replicas of `goal` have been worn out, and why the newest of them was."""
+        return self._recycled.get((goal.tag, goal.version), (0, ""))
 
     def version(self, id: str) -> int:
         """The version of the code that a replica runs, wanted or not."""

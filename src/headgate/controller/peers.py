@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from headgate import logs
 from headgate.controller.calls import Calls
+from headgate.controller.failpoints import reach
 from headgate.controller.fleet import LOCAL
 from headgate.controller.health import PERIOD_S, Heartbeats, Process
 from headgate.controller.publisher import PROXY, REPLICA
@@ -42,6 +43,7 @@ class Peers:
                 self._controller.publisher.join(peer)
             case messages.Ack(version):
                 self._controller.publisher.acked(peer, version)
+                reach("ack.heard")
             case messages.Fenced(number):
                 self._controller.publisher.fenced(peer, number)
             case messages.Request():

@@ -23,6 +23,8 @@ from headgate.errors import HeadgateError, InstanceError
 
 log = logs.get("proxies")
 
+#: How long a proxy may take to connect; its middlewares are loaded before. Nothing pings it until then.
+JOIN_S = 60.0
 #: So many connections of proxies that the engine has not named yet are remembered.
 EARLY = 1000
 
@@ -37,10 +39,11 @@ class ProxyView(Struct, frozen=True):
 
 
 class _Proxy:
-    def __init__(self, pid: int, node: str, peer: PeerLike | None) -> None:
+    def __init__(self, pid: int, node: str, late_at: float) -> None:
         self.pid = pid
         self.node = node
-        self.peer = peer
+        self.late_at = late_at
+        self.peer: PeerLike | None = None
 
 
 class _Tries:
@@ -73,10 +76,10 @@ class Proxies:
 
     # --- what is heard ---
 
-    def adopt(self, id: str, pid: int, node: str) -> None:
+    def adopt(self, id: str, pid: int, node: str, now: float) -> None:
         """A proxy exists."""
         if id not in self._running:
-            proxy = self._running[id] = _Proxy(pid, node, None)
+            proxy = self._running[id] = _Proxy(pid, node, now + JOIN_S)
             early = self._early.pop(id, None)
             if early is not None:
                 self._up(proxy, early)
@@ -141,9 +144,17 @@ class Proxies:
             self._of(node).starting = True
         return found
 
+    def take_late(self, now: float) -> list[str]:
+        """The proxies that have not connected in time; the caller kills them."""
+        found = {id: proxy for id, proxy in self._running.items() if proxy.peer is None and proxy.late_at <= now}
+        for proxy in found.values():
+            proxy.late_at = float("inf")
+        return list(found)
+
     def next_look(self, now: float) -> float | None:
-        """When the next back-off runs out."""
+        """When the next back-off runs out, or a proxy is late."""
         moments = [self._of(node).next_try for node in self._missing(self.wanted())]
+        moments += [proxy.late_at for proxy in self._running.values() if proxy.peer is None]
         return min((moment for moment in moments if moment > now), default=None)
 
     def _missing(self, wanted: tuple[str, ...]) -> list[str]:
@@ -165,7 +176,7 @@ class Proxies:
             tries.starting = False
         process = _find(self._engine, id)
         if process is not None:
-            self.adopt(id, process.pid, process.node)
+            self.adopt(id, process.pid, process.node, asyncio.get_running_loop().time())
             log.info("proxy %s started", id)
         else:
             self._early.pop(id, None)

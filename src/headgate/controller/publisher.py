@@ -20,6 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from headgate import logs
+from headgate.controller.failpoints import reach
 from headgate.core.state import Snapshot
 from headgate.wire import messages
 
@@ -88,11 +89,14 @@ class Publisher:
         if self._message is not None and replace(content, version=version) == self.snapshot:
             return version
         version += 1
+        reach("publish.before")
         self.snapshot = replace(content, version=version)
         self._message = messages.Publish(version, msgspec.Raw(msgspec.msgpack.encode(self.snapshot)))
         self._listed.append((version, frozenset(one.id for view in content.backends for one in view.replicas)))
         for follower in self._followers.values():
             self._send(follower)
+            reach("publish.one")
+        reach("publish.all")
         self._settle()
         return version
 

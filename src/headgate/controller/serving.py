@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headgate import eventloop, logs
+from headgate.controller import failpoints
 from headgate.controller.calls import Calls
 from headgate.controller.controller import Controller
 from headgate.controller.peers import Peers
-from headgate.controller.shelf import FileShelf
+from headgate.controller.shelf import FileShelf, Memory
 from headgate.controller.store import Store
 from headgate.engine import directory
 from headgate.engine.interface import Engine
@@ -23,6 +25,9 @@ from headgate.wire.control import Hub
 
 if TYPE_CHECKING:
     from headgate.engine.boot import ChildBoot
+
+
+log = logs.get("controller")
 
 
 class Connections(Protocol):
@@ -50,7 +55,7 @@ async def _main(child: ChildBoot) -> None:
     hub = Hub(child.control_listener, boot.token, lambda peer, message: None, lambda peer: None)
     engine = LocalEngine(child.ask, hub, http=directory.read_address(boot.directory))
     location = boot.http.get("location", "HeadOnly") if boot.http_fd >= 0 else None
-    store = Store(FileShelf(boot.directory))
+    store = Store(FileShelf(boot.directory), Memory(child.memory_fd))
     await serve(engine, store, hub, incarnation=child.incarnation, location=location)
 
 
@@ -62,6 +67,10 @@ async def serve(
     The hub accepts while the engine opens: `engine.open` takes what it wants of the hub's messages
     before it first waits, and hands on the rest.
     """
+    if failpoints.arm(os.environ.get(failpoints.VARIABLE, "")):
+        log.warning("%s is set: this controller fails where a test wants it to", failpoints.VARIABLE)
+    if incarnation > 1:
+        log.warning("the controller's process ended; this is incarnation %d", incarnation)
     controller = Controller(engine, store, incarnation=incarnation, location=location)
     calls = Calls(controller)
     peers = Peers(controller, calls)

@@ -10,7 +10,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
-_NEW = ".new"
+from headgate.controller.failpoints import reach
+
+#: The end of the name of a file that is not complete yet.
+NEW = ".new"
 
 
 class Shelf(ABC):
@@ -96,9 +99,11 @@ class FileShelf(Shelf):
         path = self.path(name)
         if "/" in name:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        with self._forgetting(path + _NEW):
-            self._write_file(path + _NEW, data, sync)
-            os.replace(path + _NEW, path)
+        with self._forgetting(path + NEW):
+            self._write_file(path + NEW, data, sync)
+            reach("blob.synced")
+            os.replace(path + NEW, path)
+            reach("blob.written")
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -110,14 +115,23 @@ class FileShelf(Shelf):
     def renew(self, name: str, before: str, data: bytes, sync: bool = True) -> None:
         """As Shelf.renew; and if it raises, `before` too is as it was."""
         newest, older = self.path(name), self.path(before)
-        with self._forgetting(newest + _NEW, older + _NEW):
-            self._write_file(newest + _NEW, data, sync)
+        with self._forgetting(newest + NEW, older + NEW):
+            self._write_file(newest + NEW, data, sync)
+            reach("goals.synced")
             if os.path.exists(newest):
-                _link(newest, older + _NEW)
-                os.replace(older + _NEW, older)
-            os.replace(newest + _NEW, newest)
-            if sync:
-                _sync_directory(self.where)
+                _link(newest, older + NEW)
+                reach("goals.linked")
+                os.replace(older + NEW, older)
+                self.remove(before + NEW)  # it stays where both are names of one file
+            reach("goals.kept")
+            os.replace(newest + NEW, newest)
+            try:
+                reach("goals.renamed")
+                if sync:
+                    _sync_directory(self.where)
+            except OSError:  # what was refused must not be found there later
+                _take_back(newest, older)
+                raise
 
     def rename(self, name: str, new: str) -> None:
         os.replace(self.path(name), self.path(new))
@@ -143,6 +157,7 @@ class FileShelf(Shelf):
             rest = memoryview(data)
             while rest:
                 rest = rest[self._write(fd, rest) :]  # type: ignore[arg-type]
+            reach("file.written")
             if sync:
                 os.fsync(fd)
         finally:
@@ -155,9 +170,42 @@ def _link(path: str, name: str) -> None:
     os.link(path, name)
 
 
+def _take_back(newest: str, older: str) -> None:
+    if os.path.exists(older):
+        _link(older, newest + NEW)
+        os.replace(newest + NEW, newest)
+    else:
+        os.unlink(newest)
+
+
 def _sync_directory(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class Memory:
+    """Bytes in a file that is in memory and has no name; it lives as long as any process holds it open.
+
+    What cannot be read or written is not there: this is a second line only.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def read(self) -> bytes:
+        """What was written last; empty for nothing."""
+        with contextlib.suppress(OSError):
+            return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        return b""
+
+    def write(self, data: bytes) -> None:
+        """Keep `data` instead."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            rest, at = memoryview(data), 0
+            while rest:
+                size = os.pwrite(self._fd, rest, at)
+                rest, at = rest[size:], at + size

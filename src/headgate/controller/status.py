@@ -51,6 +51,8 @@ def _backends(controller: Controller) -> list[dict[str, Any]]:
             "num_replicas": goal.settings.num_replicas,
             "ready": len(reconcile.serving(goal, seen)),
             "trouble": found.error if (found := failures.get((goal.tag, goal.version))) else "",
+            "recycled": controller.fleet.recycled(goal)[0],
+            "last_recycled": controller.fleet.recycled(goal)[1],
         }
         for goal in controller.goals.backends
     ]

@@ -2,10 +2,12 @@
 
     goals.json      the newest generation: {"sha256": ..., "goals": ...}
     goals.json.1    the one before
+    (memory)        the newest once more, where it ends with the instance and not with a disk (shelf.Memory)
     blobs/<sha256>  code and user_config, by content; opened by replicas only
 
 They are on a shelf (shelf.py): files in the run directory, or elsewhere. A record is complete or it
-does not count. A damaged one is set aside as `*.corrupt-<time>` and the other generation is used.
+does not count. A damaged one is set aside as `*.corrupt-<time>`; the copy in memory takes its place and
+is stored again, so that nothing is lost; without that copy the other generation is used.
 Where records were and none is left that counts, `load` raises: an empty answer would end everything
 that serves.
 
@@ -25,7 +27,8 @@ import msgspec
 from msgspec import Struct
 
 from headgate import logs
-from headgate.controller.shelf import Shelf
+from headgate.controller.failpoints import reach
+from headgate.controller.shelf import NEW, Memory, Shelf
 from headgate.core.state import Goals
 from headgate.errors import InstanceError
 
@@ -34,6 +37,7 @@ log = logs.get("store")
 NEWEST = "goals.json"
 BEFORE = "goals.json.1"
 BLOBS = "blobs"
+_HALF_WRITTEN = (NEWEST + NEW, BEFORE + NEW)
 
 _CORRUPT = re.compile(r"goals\.json(\.1)?\.corrupt-.*")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,15 +57,21 @@ _decode_goals = msgspec.json.Decoder(Goals).decode
 
 
 class Store:
-    """The goals and blobs on one shelf."""
+    """The goals and blobs on one shelf.
 
-    def __init__(self, shelf: Shelf) -> None:
+    memory   for the newest record once more
+    """
+
+    def __init__(self, shelf: Shelf, memory: Memory | None = None) -> None:
         self.shelf = shelf
+        self._memory = memory
 
     # --- goals ---
 
     def is_new(self) -> bool:
         """Whether nothing was ever stored here. Raises StoreError."""
+        if self._memory is not None and self._memory.read():
+            return False
         return not any(name in (NEWEST, BEFORE) or _CORRUPT.fullmatch(name) for name in self._names())
 
     def begin(self) -> None:
@@ -80,25 +90,55 @@ class Store:
 
         Raises StoreError if there is none, or if the shelf does not answer: then nothing is set aside.
         """
-        for name in (NEWEST, BEFORE):
+        found, before = self._complete(NEWEST), self._complete(BEFORE)  # a damaged one may be in the way of a save
+        if found is not None:
+            self._remember(found)
+            return found
+        found = self._remembered()
+        if found is not None:
+            log.error("the goals record in %s was lost; nothing else: all of it is known still", self.shelf.where)
             try:
-                record = self.shelf.read(name)
-                if record is not None:
-                    return unpack(record)
-            except OSError as error:
-                raise self._away("the goals", error) from None
-            except ValueError as error:
-                self._set_aside(name, error)
+                self.save(found)
+            except StoreError as error:
+                log.error("%s", error)
+            return found
+        if before is not None:
+            log.error("the newest goals record in %s was lost: the one before counts", self.shelf.where)
+            return before
         raise StoreError(
             f"the goals record in {self.shelf.where} is lost{self._remains()}; what runs goes on serving as "
             "it is, but nothing can be changed any more: call shutdown() and start again"
         )
 
+    def _complete(self, name: str) -> Goals | None:
+        """The goals of that record; None if there is none, or a damaged one, which is set aside."""
+        try:
+            record = self.shelf.read(name)
+            return None if record is None else unpack(record)
+        except OSError as error:
+            raise self._away("the goals", error) from None
+        except ValueError as error:
+            self._set_aside(name, error)
+            return None
+
+    def _remembered(self) -> Goals | None:
+        with contextlib.suppress(ValueError):  # its writer was killed on the way; then the shelf's is newer
+            if self._memory is not None and (record := self._memory.read()):
+                return unpack(record)
+        return None
+
+    def _remember(self, goals: Goals) -> None:
+        if self._memory is not None:
+            self._memory.write(pack(goals))
+
     def _save(self, goals: Goals, *, sync: bool) -> None:
         try:
+            reach("goals.before_write")
             self.shelf.renew(NEWEST, BEFORE, pack(goals), sync)
         except OSError as error:
             raise self._refused("the goals", error) from None
+        reach("goals.stored")
+        self._remember(goals)
 
     def _set_aside(self, name: str, error: Exception) -> None:
         aside = f"{name}.corrupt-{time.time_ns()}"
@@ -146,11 +186,11 @@ class Store:
         return self.shelf.path(_blob(name))
 
     def collect(self, used: Iterable[str]) -> None:
-        """Remove the blobs that are not `used`."""
+        """Remove the blobs that are not `used`, and what an earlier controller left half written."""
         keep = {_blob(name) for name in used}
         with contextlib.suppress(OSError):  # it will be tried again
             for name in self.shelf.names():
-                if name.startswith(_blob("")) and name not in keep:
+                if name not in keep and (name.startswith(_blob("")) or name in _HALF_WRITTEN):
                     self.shelf.remove(name)
 
     # --- errors ---

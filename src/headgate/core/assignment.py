@@ -9,6 +9,7 @@ routers, a router knows its own only: it sends while its own count allows, and t
                     router is owed one grant
     ROOM(n)         replica: n grants, each a slot that is kept for this router
     ROOM(n) back    router: n grants that it does not need
+    DRAINING        replica: it goes elsewhere, or the router has to catch up first; then ROOM(want) follows
 
 While a router is owed grants by a replica, or has some, it sends there with a grant only. So under
 contention a request travels once, and each router gets its turn.

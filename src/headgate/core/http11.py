@@ -301,11 +301,23 @@ def request_id(raw: bytes | None) -> bytes | None:
     return raw if raw is not None and _REQUEST_ID(raw) else None
 
 
-# What a connection does, and so which time-out applies. `since` is when it began to, or last made
-# progress with a body or a write; a head has its time as a whole. While the request runs none applies.
+# What a connection does, and so which time-out applies. `since` is when it began to, and moves with the
+# progress of a body or a write (`progressed`); a head has its time as a whole. While the request runs none applies.
 IDLE, HEAD, BODY, RUNNING, WRITE = range(5)
 #: The states whose time-out is answered, with 408; in the others the connection is just closed.
 ANSWERED = frozenset((HEAD, BODY))
+
+
+#: A client that is slower than this, on average, makes no progress that counts (as much as Kestrel asks for).
+MIN_BYTES_PER_S = 240
+
+
+def progressed(since: float, now: float, count: int) -> float:
+    """The new `since` of a body or a write of which `count` more bytes have come or gone: later by what that earned.
+
+    A client that moves a byte now and then keeps its connection no longer than one that moves none.
+    """
+    return min(now, since + count / MIN_BYTES_PER_S)
 
 
 def next_deadline(state: int, since: float, limits: Limits) -> float:

@@ -6,7 +6,8 @@ loads the goals, looks around and plans; there is no recovery.
 
 Rules: new replicas are ready before old ones drain. A replica drains only when no snapshot
 lists it and no router may still follow one that does (`Seen.routed`). It is stopped when it
-has drained, or took too long. Whoever fails is started again after a back-off that is
+has drained, or took too long. A worn replica serves until a new one is ready; one of a version
+leaves at a time. Whoever fails is started again after a back-off that is
 computed from the time, never slept.
 
 An update is blue-green: the new version is a candidate, started and kept beside the goals but
@@ -55,6 +56,8 @@ class Seen(Struct, frozen=True):
     reconfiguring: bool = False
     #: How long it may drain if its backend is no longer known.
     graceful_shutdown_timeout_s: float = 20.0
+    #: Why it is to be replaced: it has served its time (core/recycling.py). "": it is not.
+    worn: str = ""
 
 
 class Failures(Struct, frozen=True):
@@ -125,9 +128,11 @@ def heard(seen: Seen, event: str, now: float) -> Seen:
 
 
 def serving(goal: BackendGoal, seen: Iterable[Seen]) -> tuple[Seen, ...]:
-    """The replicas that may get requests: ready, of the goal's version, the oldest `num_replicas` of them."""
-    ready = [one for one in _of(goal, seen) if one.phase == lifecycle.READY]
-    return tuple(sorted(ready, key=_age)[: goal.settings.num_replicas])
+    """The replicas that may get requests: ready, of the goal's version, the oldest `num_replicas` of them.
+
+    Worn ones only where there are too few others.
+    """
+    return tuple(_ready(goal, seen)[: goal.settings.num_replicas])
 
 
 def reached(goal: BackendGoal, seen: Iterable[Seen]) -> bool:
@@ -168,10 +173,10 @@ def plan(
     actions: list[Action] = []
     keep: set[str] = set()
     for version, goal in wanted.items():
-        alive = _kept(goal, seen)
+        alive = _alive(goal, seen)
         keep.update(one.id for one in alive)
         if now >= _next_try(failures.get(version)):
-            missing = goal.settings.num_replicas - len(alive)
+            missing = goal.settings.num_replicas - len(_kept(goal, seen))
             actions.extend(Start(goal.tag, goal.version) for _ in range(missing))
         actions.extend(
             Reconfigure(one.id, goal.config_version)
@@ -220,8 +225,9 @@ def unmet(
     waits: list[str] = []
     keep: set[str] = set()
     for version, goal in wanted.items():
-        alive = _kept(goal, seen)
+        alive = _alive(goal, seen)
         keep.update(one.id for one in alive)
+        waits.extend(f"replica {one.id} serves until a new one is ready: {one.worn}" for one in alive if one.worn)
         if not reached(goal, seen):
             waits.append(_shortfall(goal, alive, failures.get(version), now, waits_for))
     patience = _patience(wanted.values())
@@ -257,10 +263,28 @@ def _is_configured(goal: BackendGoal, one: Seen) -> bool:
     return one.config_version == goal.config_version and not one.reconfiguring
 
 
+def _ready(goal: BackendGoal, seen: Iterable[Seen]) -> list[Seen]:
+    """Oldest first; after them the worn ones, of which the oldest comes last: the first to go."""
+    ready = sorted((one for one in _of(goal, seen) if one.phase == lifecycle.READY), key=_age)
+    return [one for one in ready if not one.worn] + [one for one in reversed(ready) if one.worn]
+
+
 def _kept(goal: BackendGoal, seen: Sequence[Seen]) -> list[Seen]:
-    """The ready and starting replicas that the goal has a use for: ready ones first, then by age."""
+    """The ready and starting replicas that the goal has a use for: ready ones first, then by age.
+
+    The worn one whose turn it is to go is not among them: so another is started in its place.
+    """
+    ready = _ready(goal, seen)
+    if ready and ready[-1].worn:
+        ready.pop()
     starting = sorted((one for one in _of(goal, seen) if one.phase == lifecycle.STARTING), key=_age)
-    return [*serving(goal, seen), *starting][: goal.settings.num_replicas]
+    return [*ready, *starting][: goal.settings.num_replicas]
+
+
+def _alive(goal: BackendGoal, seen: Sequence[Seen]) -> list[Seen]:
+    """Those, and the worn one where it still serves."""
+    kept = _kept(goal, seen)
+    return kept + [one for one in serving(goal, seen) if one not in kept]
 
 
 def _drains_until(one: Seen, patience: Mapping[str, float]) -> float:
@@ -321,9 +345,10 @@ def _wait(ids: Sequence[str], why: str) -> str:
 
 
 def _farewell(one: Seen, patience: Mapping[str, float], now: float) -> str:
+    who = f"replica {one.id} leaves" + (f", since {one.worn}" if one.worn else "")
     if one.routed:
-        return f"replica {one.id} leaves: a router may still send to it"
+        return f"{who}: a router may still send to it"
     if one.phase == lifecycle.DRAINING:
         left_s = max(0.0, _drains_until(one, patience) - now)
-        return f"replica {one.id} leaves: it finishes its requests, for {left_s:.1f} s at most"
-    return f"replica {one.id} leaves: it is {one.phase}"
+        return f"{who}: it finishes its requests, for {left_s:.1f} s at most"
+    return f"{who}: it is {one.phase}"

@@ -30,6 +30,8 @@ class Settings(Struct, frozen=True):
     graceful_shutdown_timeout_s: float = 20.0
     health_check_period_s: float = 10.0
     health_check_timeout_s: float = 30.0
+    max_requests: int | None = None
+    max_rss_bytes: int | None = None
 
 
 class Facts(Struct, frozen=True):

@@ -7,6 +7,7 @@ it includes the instance's token.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from headgate.engine import directory
 from headgate.engine.ignition import INSTANCE_VARIABLE, Spark, strike
+from headgate.errors import HeadgateError
 
 __all__ = ["INSTANCE_VARIABLE", "Boot", "ChildBoot", "read", "spawn", "tell"]
 
@@ -22,7 +25,7 @@ __all__ = ["INSTANCE_VARIABLE", "Boot", "ChildBoot", "read", "spawn", "tell"]
 LOG = "headgate.log"
 
 
-_FDS = ("lock_fd", "control_fd", "http_fd", "ready_fd")
+_FDS = ("lock_fd", "control_fd", "http_fd", "ready_fd", "tls_fd")
 
 
 class Boot(Struct, frozen=True):
@@ -31,6 +34,7 @@ class Boot(Struct, frozen=True):
     control_fd, http_fd   listening sockets; -1 without one: no HTTP server, no controller on this node
     ready_fd              -1, or a pipe's end for the controller to write on; the supervisor only
                           holds it open, so that its other end reads empty when the instance is over
+    tls_fd                -1, or memory in which the proxies keep the certificate in force (proxy/tls.py)
     watch_pid             on a node of a cluster: everything ends with this process; 0: with the driver, which is
                           the supervisor's parent, or with nobody if detached
     node                  "local", or the id of the node
@@ -51,6 +55,7 @@ class Boot(Struct, frozen=True):
     middlewares: bytes = b""
     node: str = "local"
     watch_pid: int = 0
+    tls_fd: int = -1
 
     def fds(self) -> list[int]:
         """The file descriptors that go along with the record."""
@@ -66,6 +71,7 @@ class ChildBoot:
     """What the supervisor tells a child: who it is, and the sockets that its role may hold.
 
     ask                controller, agent: to the supervisor (engine/asks.py)
+    memory_fd          controller: a file in memory that outlives it and ends with the supervisor
     control_listener   controller: where the others dial; an agent has none
     http_listener      proxy: where clients connect
     incarnation        controller: 1, and one more with each restart
@@ -78,8 +84,14 @@ class ChildBoot:
         self.name = name
         self.incarnation = incarnation
         self.ask: socket.socket | None = None
+        self.memory_fd = -1
         self.control_listener: socket.socket | None = None
         self.http_listener: socket.socket | None = None
+
+
+def tls_memory(http: dict[str, Any]) -> int:
+    """A new `tls_fd` for a supervisor with these HTTPOptions; -1 without HTTPS. The caller closes its own copy."""
+    return os.memfd_create("headgate-tls") if http.get("ssl_certfile") else -1
 
 
 def spawn(boot: Boot, main: str = "headgate.processes:supervisor_main") -> int:
@@ -99,13 +111,21 @@ def tell(spark: Spark, boot: Boot) -> None:
 
 
 def read(fd: int) -> Boot:
-    """The boot record, in the supervisor; closes the fd. Exits if there comes none: it is not needed."""
+    """The boot record, in the supervisor; closes the fd. Exits if there comes none: it is not needed.
+
+    A driver that was killed before it could say what it wants may have made the run directory already.
+    """
     from headgate.wire.handshake import receive_fds  # brings asyncio, which the driver is not to import yet
 
     with socket.socket(fileno=fd) as sock:
         size, fds, _ = receive_fds(sock, 8, len(_FDS), socket.MSG_WAITALL)
-        record = sock.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL) if size else b""
-    if not record:
+        expected = int.from_bytes(size, "little")
+        record = sock.recv(expected, socket.MSG_WAITALL) if size else b""
+    if not record or len(record) < expected:
+        for inherited in fds:  # the lock among them
+            os.close(inherited)
+        with contextlib.suppress(OSError, HeadgateError):
+            directory.sweep(directory.base())
         os._exit(0)
     boot = msgspec.msgpack.decode(record, type=Boot).with_fds(fds)
     if boot.detached:  # must not keep the terminal or pipe of whoever started it

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
-from headgate.engine import leash
+from headgate.engine import ignition, leash
 from headgate.engine.boot import ChildBoot
 from headgate.engine.roles import Role
 
@@ -36,6 +36,7 @@ def run(
         leash.set_title(role.title)
         gc.enable()
         if child.role == "replica":
+            os.environ[ignition.REPLICA_VARIABLE] = child.id
             # Not the supervisor's, and without a file that multiprocessing would run again.
             sys.modules["__main__"] = type(sys)("__main__")
         module, _, function = role.target.partition(":")
@@ -53,7 +54,7 @@ def _hand_over(child: ChildBoot, not_mine: set[int], ask: socket.socket | None) 
     """Wrap the sockets that the child's role may hold and close everything else."""
     signal.set_wakeup_fd(-1)
     boot = child.boot
-    not_mine |= {boot.lock_fd, boot.control_fd, boot.ready_fd, boot.http_fd}
+    not_mine |= {boot.lock_fd, boot.control_fd, boot.ready_fd, boot.http_fd, boot.tls_fd}
     if child.role == "controller":
         child.ask = ask
         if boot.control_fd >= 0:  # an agent has none: it dials
@@ -61,7 +62,7 @@ def _hand_over(child: ChildBoot, not_mine: set[int], ask: socket.socket | None) 
         not_mine -= {boot.control_fd, boot.ready_fd}
     elif child.role == "proxy" and boot.http_fd >= 0:
         child.http_listener = socket.socket(fileno=boot.http_fd)
-        not_mine -= {boot.http_fd}
+        not_mine -= {boot.http_fd, boot.tls_fd}
     for fd in not_mine - {-1}:
         os.close(fd)
 

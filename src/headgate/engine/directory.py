@@ -19,12 +19,13 @@ import re
 import stat
 import time
 
-from headgate.engine.listener import MAX_UNIX_PATH_BYTES
 from headgate.errors import InstanceError
+from headgate.wire.address import MAX_UNIX_PATH_BYTES
 
 LOCK = "lock"
 TOKEN = "token"
 ADDRESS = "address"
+INSTANCE = "instance"
 CONTROL = "control.sock"
 
 #: Room for the name of any socket in a run directory, with its slash.
@@ -87,7 +88,8 @@ def name_of(namespace: str) -> str:
 def create(root: str, name: str) -> tuple[str, int]:
     """Make `<root>/<name>`, or take over a leftover of that name: its path, and its lock as an open fd.
 
-    Raises InstanceError if its holder lives. Whoever inherits the fd keeps the lock.
+    Raises InstanceError if its holder lives, or if it is not this user's alone. Whoever inherits the fd keeps
+    the lock.
     """
     path = os.path.join(root, name)
     give_up = time.monotonic() + _PATIENCE_S
@@ -95,6 +97,12 @@ def create(root: str, name: str) -> tuple[str, int]:
         if time.monotonic() > give_up:
             raise InstanceError(f"an instance already runs in {path}; use headgate.connect() to reach it")
         time.sleep(0.002)
+    try:
+        _private(path)
+    except InstanceError:
+        os.close(lock)
+        raise
+    _end_strays(path)
     _empty(path, keep=LOCK)
     return path, lock
 
@@ -126,10 +134,40 @@ def sweep(root: str) -> list[str]:
         path = os.path.join(root, name)
         if not _OURS.fullmatch(name) or (lock := _lock(path, make=True)) is None:
             continue
+        _end_strays(path)
         remove(path)
         os.close(lock)
         removed.append(path)
     return removed
+
+
+def _end_strays(path: str) -> None:
+    """End what is left of the processes of an instance that was killed, with its lock held."""
+    try:
+        with open(os.path.join(path, INSTANCE), encoding="ascii") as file:
+            instance = file.read()
+    except FileNotFoundError:  # a new directory
+        return
+    if instance:
+        from headgate.engine import strays
+
+        strays.kill_all_of(instance)
+
+
+def write_instance(path: str, instance: str) -> None:
+    """Note the id that all processes of the instance carry, for whoever sweeps what is left of it."""
+    fd = os.open(os.path.join(path, INSTANCE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
+        file.write(instance)
+
+
+def replica_socket(path: str, id: str) -> str:
+    """Where the replica of that id listens.
+
+    >>> replica_socket("/run/headgate/1f3a90c2", "iris#0007")
+    '/run/headgate/1f3a90c2/r0007.sock'
+    """
+    return os.path.join(path, f"r{id.rpartition('#')[2]}.sock")
 
 
 def remove(path: str) -> None:

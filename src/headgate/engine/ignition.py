@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: In the environment of every process of an instance, so that leftovers can be found. Not a secret.
 INSTANCE_VARIABLE = "HEADGATE_INSTANCE"
+#: In the environment of what a replica executes: the replica's id.
+REPLICA_VARIABLE = "HEADGATE_REPLICA"
 #: How long a killed supervisor that is nobody's child may take to be gone.
 _DYING_S = 2.0
 _PID_BYTES = 4
@@ -107,7 +109,7 @@ def strike(
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-c", code],
-            {**os.environ, INSTANCE_VARIABLE: instance},
+            {**_without_replica(), INSTANCE_VARIABLE: instance},
             file_actions=actions,
             setsid=True,  # Ctrl-C and a closed terminal reach the driver only
             setsigmask=(),
@@ -153,6 +155,11 @@ def _end(pidfd: int) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.poll(_DYING_S * 1000)
+
+
+def _without_replica() -> dict[str, str]:
+    """The environment; what a replica starts is an instance of its own and no part of the replica."""
+    return {name: value for name, value in os.environ.items() if name != REPLICA_VARIABLE}
 
 
 def _sys_path() -> list[str]:

@@ -1,26 +1,37 @@
-"""Listening sockets: bound by the process that starts the instance, inherited by those that accept.
+"""The listening socket of HTTP: bound by the process that starts the instance, inherited by the proxies that accept.
 
 Binding comes first of all, so that a port in use is an exception before anything was started.
 One socket is shared by all who accept on it; it outlives each of them, so a proxy that is
 replaced refuses nobody. Never SO_REUSEPORT: two instances must not share a port in silence, and
-a stopped process would keep its share of the connections.
+a stopped process would keep its share of the connections. headgate's own sockets are wire/address.py.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import select
 import socket
+import struct
 from collections.abc import Iterator
 
 from headgate.errors import InstanceError
-
-#: Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
-BACKLOG = 4096
-#: The longest path that a unix socket's address can hold, without its final zero.
-MAX_UNIX_PATH_BYTES = 107
+from headgate.wire.address import BACKLOG
 
 _LISTENING = "0A"  # the state's code in /proc/net/tcp
+
+_SO_ATTACH_FILTER = 26
+_INSTRUCTION = struct.Struct("HBBI")  # struct sock_filter of <linux/filter.h>
+_PROGRAM = struct.Struct("HP")  # struct sock_fprog
+#: Drop packets that open a connection (SYN among the flags in byte 13 of the TCP header), pass all others: sockets
+#: of connections that are half open inherit the filter.
+_NO_SYN = (
+    (0x30, 0, 0, 13),  # load a byte
+    (0x45, 0, 1, 0x02),  # any of these bits? else skip one
+    (0x06, 0, 0, 0),  # drop
+    (0x06, 0, 0, 0xFFFF_FFFF),  # pass
+)
 
 
 def bind(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
@@ -47,23 +58,23 @@ def bind(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
     return sock
 
 
-def bind_unix(path: str, backlog: int = BACKLOG) -> socket.socket:
-    """A listening unix socket at `path`, which must be free; only this user may connect (0600)."""
-    length = len(os.fsencode(path))
-    if length > MAX_UNIX_PATH_BYTES:
-        raise InstanceError(
-            f"cannot listen on {path}: the path has {length} bytes, a unix socket's at most "
-            f"{MAX_UNIX_PATH_BYTES}; set XDG_RUNTIME_DIR or TMPDIR to a shorter directory"
-        )
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.bind(path)
-        os.chmod(path, 0o600)
-        sock.listen(backlog)
-    except OSError as error:
-        sock.close()
-        raise InstanceError(f"cannot listen on {path}: {error.strerror}") from None
-    return sock
+def admit_no_more(sock: socket.socket) -> None:
+    """Let nobody connect to a listening socket any more; those who have can still be accepted. Raises OSError.
+
+    Closing it resets whoever is in its queue, so they are accepted first, and meanwhile nobody may
+    come. It holds for all processes that share the socket. New ones hear nothing, and when
+    they try again (1 s) that nobody listens.
+    """
+    code = b"".join(_INSTRUCTION.pack(*instruction) for instruction in _NO_SYN)
+    program = ctypes.create_string_buffer(code, len(code))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _PROGRAM.pack(len(_NO_SYN), ctypes.addressof(program)))
+
+
+def has_waiting(sock: socket.socket) -> bool:
+    """Whether somebody waits in a listening socket's queue to be accepted."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def node_address() -> str:
@@ -103,15 +114,28 @@ def _why(error: OSError, port: int) -> str:
 
 
 def holder_of(port: int) -> str:
-    """Who listens on TCP `port` of this machine: "pid 4711 (python app.py)", or "" if /proc does not tell."""
-    wanted = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    """Who listens on TCP `port` of this machine: "pid 4711 (python app.py)", or else whose process it is."""
+    owners = dict(_listening_inodes(port))
+    wanted = {f"socket:[{inode}]" for inode in owners}
+    if not wanted:
+        return ""
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-        if wanted and not wanted.isdisjoint(_targets(pid)):
+        if not wanted.isdisjoint(_targets(pid)):
             return f"pid {pid} ({_command(pid)})"
-    return ""
+    return f"a process of user {_user(min(owners.values()))} that this user may not look into"
 
 
-def _listening_inodes(port: int) -> Iterator[str]:
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return str(uid)
+
+
+def _listening_inodes(port: int) -> Iterator[tuple[str, int]]:
+    """Of each socket that listens on that port: its inode, and the uid of who made it."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
             with open(table, encoding="ascii") as lines:
@@ -120,7 +144,7 @@ def _listening_inodes(port: int) -> Iterator[str]:
             continue
         for row in rows:
             if row[3] == _LISTENING and int(row[1].rpartition(":")[2], 16) == port:
-                yield row[9]
+                yield row[9], int(row[7])
 
 
 def _targets(pid: int) -> Iterator[str]:
@@ -137,8 +161,12 @@ def _command(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().rstrip(b"\0").split(b"\0")
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as title:
+            name = title.read().strip()
     except OSError:
         return "?"
+    if name.startswith("headgate-"):  # its command line is code
+        return name
     text = " ".join(word.decode(errors="replace") for word in words)
     line = " ".join(text.split())
     return line if len(line) <= 60 else line[:57] + "..."

@@ -92,7 +92,10 @@ class Node:
                 home.write_controller(self._path, meeting.unix, meeting.tcp, meeting.node)
                 spark = ignition.strike(_MAIN, self._origin.instance, orphan=True)
                 undo.callback(spark.quench)
-                boot.tell(spark, self._boot(http, lock, raylet))
+                tls_fd = boot.tls_memory(options)
+                if tls_fd >= 0:
+                    copies.callback(os.close, tls_fd)
+                boot.tell(spark, self._boot(http, lock, raylet, tls_fd))
                 undo.pop_all()
 
     def _listen(self, port: int) -> socket.socket:
@@ -102,7 +105,7 @@ class Node:
         except InstanceError as error:
             raise InstanceError(f"on node {self._address}: {error}") from None
 
-    def _boot(self, http: socket.socket, lock: int, raylet: int) -> boot.Boot:
+    def _boot(self, http: socket.socket, lock: int, raylet: int, tls_fd: int) -> boot.Boot:
         return boot.Boot(
             instance=self._origin.instance,
             namespace=self._origin.namespace,
@@ -115,6 +118,7 @@ class Node:
             lock_fd=lock,
             control_fd=-1,
             http_fd=http.fileno(),
+            tls_fd=tls_fd,
             http=self._origin.http,
             middlewares=self._origin.middlewares,
         )

@@ -28,7 +28,7 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
-from headgate.engine import asks, child, directory, leash
+from headgate.engine import asks, child, directory, ignition, leash, strays
 from headgate.engine.boot import Boot, ChildBoot
 from headgate.engine.roles import ROLES, Preloads, Role
 
@@ -37,6 +37,8 @@ _YOUNG_S = 1.0
 _AT_ONCE = 2
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
+#: A controller that a signal has stopped is replaced after so long; a debugger's stop is no such signal.
+_STOPPED_S = 10.0
 #: How long the end waits for killed processes that the kernel cannot end yet (stuck in a device).
 _LAST_WAIT_S = 2.0
 #: How long it waits for the children's groups before it looks for adopted processes that left them.
@@ -65,12 +67,14 @@ class Supervisor:
         self._incarnation = 0
         self._young_deaths = 0
         self._controller_due: float | None = 0.0
+        self._stopped_until: float | None = None  # the controller, or else it is killed
         self._ask: asks.Line | None = None
         self._preloads = Preloads(roles, with_proxy=boot.http_fd >= 0)
         self._over = False
         # read and write ends: signals arriving here; the leash on the children
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._leash, self._leash_writer = os.pipe2(os.O_CLOEXEC)
+        self._memory = os.memfd_create("headgate-goals", os.MFD_CLOEXEC)
         self._watched = -1
 
     def run(self) -> None:
@@ -111,6 +115,8 @@ class Supervisor:
     def _turn(self) -> None:
         if self._controller_due is not None and time.monotonic() >= self._controller_due:
             self._start_controller()
+        if self._stopped_until is not None and time.monotonic() >= self._stopped_until:
+            self._kill_stopped()
         events = self._poll.poll(self._timeout_ms())
         for fd, event in events:
             if fd == self._watched:
@@ -125,15 +131,17 @@ class Supervisor:
     def _timeout_ms(self) -> float | None:
         if self._preloads and self._controller_due is None:
             return 0
-        if self._controller_due is None:
+        moments = [each for each in (self._controller_due, self._stopped_until) if each is not None]
+        if not moments:
             return None
-        return max(0.0, self._controller_due - time.monotonic()) * 1000 + 1
+        return max(0.0, min(moments) - time.monotonic()) * 1000 + 1
 
     def _take_signals(self) -> None:
         numbers = os.read(self._wake, 512)
         if signal.SIGTERM in numbers:
             self._over = True
         self._reap()
+        self._look_at_controller()
 
     # --- children -----------------------------------------------------------------------------
 
@@ -154,6 +162,23 @@ class Supervisor:
             theirs.close()
         if self._incarnation == 1:
             self._fork_unasked()
+
+    def _look_at_controller(self) -> None:
+        """Note whether a signal has stopped it, or lets it go on."""
+        for running in self._children.values():
+            if running.role == "controller":
+                with contextlib.suppress(ChildProcessError):  # it ended this very moment
+                    found = os.waitid(os.P_PID, running.pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+                    if found is not None:
+                        is_stopped = found.si_code != os.CLD_CONTINUED
+                        self._stopped_until = time.monotonic() + _STOPPED_S if is_stopped else None
+
+    def _kill_stopped(self) -> None:
+        """The controller was stopped for too long: its end brings the next one."""
+        self._stopped_until = None
+        for running in self._children.values():
+            if running.role == "controller":
+                _kill_group(running.pid)
 
     def _fork_unasked(self) -> None:
         for name, role in self._roles.items():
@@ -181,6 +206,10 @@ class Supervisor:
         if self._ask is not None:
             mine.append(self._ask.fileno())
         about = ChildBoot(self._boot, id, role, name, self._incarnation)
+        if role == "controller":
+            about.memory_fd = self._memory
+        else:
+            mine.append(self._memory)
         child.run(about, self._roles[role], self._pid, self._leash, mine, ask)
 
     def _reap(self) -> None:
@@ -195,8 +224,22 @@ class Supervisor:
             if ended is not None:
                 _kill_group(found.si_pid)  # what it forked; not reaped yet, so the number is still its own
             _, status = os.waitpid(found.si_pid, 0)
+            if ended is not None and ended.role == "replica":
+                with contextlib.suppress(OSError):  # it never listened
+                    os.unlink(directory.replica_socket(self._boot.directory, ended.id))
             if ended is not None:
                 self._tell_exit(ended, status)
+            if ended is None or ended.role == "replica":
+                self._kill_strays()
+
+    def _kill_strays(self) -> None:
+        """End what replicas that are gone have executed in sessions of its own; its parent's end brings it here."""
+        living = {running.id for running in self._children.values()}
+        for pid in strays.adopted(set(self._children)):
+            replica = strays.variable_of(pid, ignition.REPLICA_VARIABLE)
+            if replica is not None and replica not in living:
+                with contextlib.suppress(OSError):  # another user's; what is not reaped yet is still itself
+                    os.kill(pid, signal.SIGKILL)
 
     def _tell_exit(self, ended: _Running, status: int) -> None:
         if ended.role == "controller":
@@ -206,6 +249,7 @@ class Supervisor:
 
     def _controller_ended(self, status: int, lived_s: float) -> None:
         self._drop_ask()
+        self._stopped_until = None
         if status == 0:
             self._over = True
             return

@@ -26,6 +26,7 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self.full = False  # whether more is held than should be
         self._receiving: dict[Reader, int] = {}
         self._complete: dict[Reader, int] = {}
         self._first: Reader | None = None  # goes on whatever the limit
@@ -34,6 +35,7 @@ class Budget:
     def add(self, reader: Reader, count: int) -> None:
         """The reader received `count` bytes more of a body; may pause it."""
         self.held += count
+        self.full = self.held > self.limit
         self._receiving[reader] = self._receiving.get(reader, 0) + count
         if self.held <= self.limit or reader is self._first or reader in self._waiting:
             return
@@ -51,6 +53,7 @@ class Budget:
     def release(self, reader: Reader) -> None:
         """Nothing of the reader is held any more."""
         self.held -= self._complete.pop(reader, 0) + self._receiving.pop(reader, 0)
+        self.full = self.held > self.limit
         self._stop_waiting(reader)
         while self._waiting and (self.held <= self.limit or (self._first is None and not self._complete)):
             next_one = next(iter(self._waiting))

@@ -19,6 +19,8 @@ _EXTENSION = (
 )
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + _EXTENSION + rb")*+").fullmatch
 _TRAILER = re.compile(_TOKEN + rb":[\t -~\x80-\xff]*+").fullmatch
+#: RFC 9110 §6.5.1: never in a trailer. Who merges trailers into the head would frame the request anew.
+_FRAMING = re.compile(rb"(?:content-length|transfer-encoding|host):", re.IGNORECASE).match
 _MAX_LINE_BYTES = 1024
 #: Bytes of framing a client may spend: 16 for each byte of its body, and so many more.
 _WASTE_RATIO, _WASTE_BYTES = 16, 64 * 1024
@@ -106,6 +108,8 @@ class Chunked:
             self.done = True
         elif _TRAILER(line) is None:
             raise Reject(400, "a trailer is not of the form 'name: value'")
+        elif _FRAMING(line):
+            raise Reject(400, "Content-Length, Transfer-Encoding and Host cannot be trailers")
 
     def _on_size(self, line: bytes) -> None:
         match = _SIZE_LINE(line)

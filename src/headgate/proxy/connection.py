@@ -10,6 +10,14 @@ their own, the server's one sweep finds them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import struct
+import sys
+import termios
 from typing import TYPE_CHECKING, Any
 
 from headgate.core import http11
@@ -25,6 +33,8 @@ if TYPE_CHECKING:
 #: thrown away, so that it gets to read the answer (RFC 9112 §9.6). CLOSING: the rest is being written.
 LINGER, CLOSING = 5, 6
 _LINGER_S = 1.0
+_LITTLE_BYTES = 8 * 1024
+_RESET = struct.pack("ii", 1, 0)
 _NEVER = float("inf")
 
 
@@ -48,7 +58,9 @@ class Connection(Intake, asyncio.BufferedProtocol):
             self.refuse(Reject(503, f"{limit} connections are open already (max_connections)"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self.server.view if self._filling is None else self._filling
+        buffer = self.server.view if self._filling is None else self._filling
+        # A connection is paused only after it has read: with no room left none may read much.
+        return buffer[:_LITTLE_BYTES] if self.server.budget.full else buffer
 
     def eof_received(self) -> bool:
         self._leave()
@@ -121,8 +133,15 @@ class Connection(Intake, asyncio.BufferedProtocol):
         self.transport.close()
 
     def abort(self) -> None:
-        """End the connection now; whoever works on its request may stop."""
+        """End the connection now; whoever works on its request may stop.
+
+        With a reset: what the client has not taken would stay in the kernel for as long as it pleases.
+        """
         self._leave()
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it is closed
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
     def break_off(self) -> None:
@@ -149,10 +168,28 @@ class Connection(Intake, asyncio.BufferedProtocol):
         self._clear()
 
     def leave_if_idle(self) -> None:
-        """The server stops: a connection without a request has no use any more."""
-        self.last = True
+        """The server stops: a connection has no use any more, unless there is a request that was not read yet."""
         if self.state == IDLE and not self.closed:
+            self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        """Close a connection without a request, unless bytes of one have arrived that were not read yet.
+
+        Its client hears of it in the same step: the loop closes the socket a while later, and what
+        the client sends until then would be lost.
+        """
+        sock = self.transport.get_extra_info("socket")
+        if sock is None:
             self.close()
+            return
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        if poll.poll(0):
+            return
+        if self.server.scheme == "http" and not self.transport.get_write_buffer_size():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as same:
+                same.shutdown(socket.SHUT_WR)
+        self.close()
 
     # --- time-outs ---
 
@@ -171,17 +208,29 @@ class Connection(Intake, asyncio.BufferedProtocol):
                 what = "head" if state == http11.HEAD else "body"
                 self.refuse(Reject(408, f"the rest of the request's {what} did not come in time"))
             else:
-                self.close()
+                self._close_if_idle()
 
     def _deadline(self) -> float:
         return http11.next_deadline(self.state, self.since, self.server.limits) + self.server.tick_s
 
     def _check_writing(self, now: float) -> None:
-        untaken = self.transport.get_write_buffer_size()
-        if untaken != self._untaken:
-            self._untaken, self.since = untaken, now
-        elif now >= self.since + self.server.limits.write_timeout_s:
+        before, untaken = self._untaken, self._unsent()
+        self._untaken = untaken
+        if before < 0 or (before and not untaken):
+            self.since = now
+        elif untaken < before:
+            self.since = http11.progressed(self.since, now, before - untaken)
+        if now >= self.since + (self.server.limits.write_timeout_s if untaken else _LINGER_S):
             self.abort()
+
+    def _unsent(self) -> int:
+        """What the client has not taken. Under TLS the transport counts only what is not encrypted yet."""
+        size = self.transport.get_write_buffer_size()
+        sock = self.transport.get_extra_info("socket") if self.server.scheme == "https" else None
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it is closed
+                size += int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return size
 
 
 def _address(given: Any) -> tuple[str, int]:

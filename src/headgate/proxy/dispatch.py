@@ -45,10 +45,11 @@ class Dispatching(Answering):
         self._untidy = False  # the request holds more than its head and meta
 
     def _look_closer(self, raw: bytes, head: Head) -> None:
-        absolute = not raw.startswith((b"/", b"*"), len(head.method) + 1)
+        target = head.raw_path + (b"?" + head.query if head.query else b"")
+        odd = not raw.startswith((target + b" ", target + b"? "), len(head.method) + 1)
         is_trusted = self.server.is_trusted
         self._untidy = True
-        self._special = special = fields.read(raw, absolute, is_trusted(self.client[0]), is_trusted)
+        self._special = special = fields.read(raw, odd, is_trusted(self.client[0]), is_trusted)
         self.head = special.head
         if special.request_id is not None:
             self.request_id = special.request_id

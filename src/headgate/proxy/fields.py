@@ -35,10 +35,10 @@ class Fields(NamedTuple):
     scheme: str | None
 
 
-def read(head: bytes, absolute: bool, trusted: bool, is_trusted: Callable[[str], bool]) -> Fields:
+def read(head: bytes, odd: bool, trusted: bool, is_trusted: Callable[[str], bool]) -> Fields:
     """Look at the special fields of an accepted head.
 
-    absolute     the target is not in origin form and has to be rewritten
+    odd          the target is not in origin form, or has a fragment, and has to be rewritten
     trusted      whether the peer may say who it speaks for
     is_trusted   whether an address in X-Forwarded-For may
     """
@@ -55,7 +55,7 @@ def read(head: bytes, absolute: bool, trusted: bool, is_trusted: Callable[[str],
     if b"\r\nx-headgate-" in low:
         drop += _INTERNAL
     return Fields(
-        rebuild(head, drop, _ALLOWED) if drop or absolute else head,
+        rebuild(head, drop, _ALLOWED) if drop or odd else head,
         request_id(header_values(head, b"x-request-id")[0]) if b"\r\nx-request-id:" in low else None,
         _text(head, b"x-serve-call-method") if b"\r\nx-serve-call-method:" in low else None,
         _text(head, b"x-serve-shard-key") if b"\r\nx-serve-shard-key:" in low else None,

@@ -33,6 +33,7 @@ _AHEAD_BYTES = 64 * 1024
 #: A body of this size that comes with its head is not counted.
 _SMALL_BYTES = 16 * 1024
 _AHEAD, _BUDGET = 1, 2  # why reading is paused
+_EMPTY_LINE = (b"\r", b"\r\n")
 
 
 class Intake(Dispatching):
@@ -122,9 +123,12 @@ class Intake(Dispatching):
         if known and data.startswith(known):  # the client asks the same again: it was judged before
             end = len(known)
         else:
-            if data.startswith(b"\r\n"):  # RFC 9112 §2.2: an empty line before a request is ignored
-                data = data[2:]
-            end = self._judge(data) if data else 0
+            if data.startswith(b"\r"):  # RFC 9112 §2.2: an empty line before a request is ignored; one, however cut
+                if data in _EMPTY_LINE:
+                    self._rest = data
+                    return b""
+                data = data.removeprefix(b"\r\n")
+            end = self._judge(data)
             if not end:
                 return b""
         server.count = count = server.count + 1
@@ -171,8 +175,7 @@ class Intake(Dispatching):
         return end
 
     def _wait_for_head(self, data: bytes) -> None:
-        if data != b"\r":
-            check_start(data, self.server.limits)
+        check_start(data, self.server.limits)
         self._rest = data
         if self.state == IDLE:
             self.state, self.since = http11.HEAD, self.server.now
@@ -220,7 +223,7 @@ class Intake(Dispatching):
         assert incoming is not None
         assert self.facts is not None
         self._filling = incoming.filling
-        self.since = server.now
+        self.since = http11.progressed(self.since, server.now, count)
         server.budget.add(self, count)
         if incoming.done:
             self.body = incoming.body

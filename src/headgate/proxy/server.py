@@ -10,11 +10,12 @@ answered with 404; connections wait in the listening socket's queue until then.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.msgpack import encode
 
@@ -24,32 +25,40 @@ from headgate.core.http11 import Head, Limits, header_values
 from headgate.core.replies import http_date
 from headgate.core.routes import RouteTable
 from headgate.core.state import Endpoint, Snapshot
+from headgate.engine import listener
 from headgate.proxy import admin, fields
 from headgate.proxy.budget import Budget
 from headgate.proxy.connection import Connection
+from headgate.proxy.door import Door
 from headgate.proxy.second_opinion import SecondOpinion
 from headgate.proxy.upload import Lender, Upload
 from headgate.router import Router
-from headgate.wire import messages
+from headgate.wire import descriptors, messages
 from headgate.wire.arena import Arena
 from headgate.wire.control import ControlClient
 from headgate.wire.home import home_of_child
 
 if TYPE_CHECKING:
     import socket
-    import ssl
 
     from headgate.engine.boot import ChildBoot
     from headgate.proxy.asgi import Stack
     from headgate.proxy.dispatch import Dispatching
+    from headgate.proxy.tls import Certificate
 
 log = logging.getLogger("headgate.proxy")
 
 QUEUE_LIMIT = 1000  # requests that may wait per backend whose config does not say
-_BACKLOG = 4096  # create_server calls listen() again: asyncio's own 100 would shrink the shared queue
 _READ_BYTES = 256 * 1024
-_HANDSHAKE_S = 10.0
+#: How much of an answer the kernel keeps of what it has not sent; socket.TCP_NOTSENT_LOWAT is newer than Python 3.11.
+_UNSENT_BYTES = 256 * 1024
+_IPPROTO_TCP, _TCP_NOTSENT_LOWAT = 6, 25
 _TRIM_S = 5.0
+#: When it leaves: how long it takes to accept those who have connected already, and how long a connection
+#: without a request is kept open, for a request that is on its way just then.
+_QUEUE_S = 0.5
+_LAST_REQUEST_S = 0.1
+_LOOK_S = 0.005
 #: How long to wait for a first snapshot before clients are answered without one.
 _SNAPSHOT_S = 2.0
 
@@ -140,8 +149,13 @@ class Server:
             self.lender.arena.trim()
 
     def leave(self) -> None:
-        """Answer what is in flight, each with `Connection: close`; nothing new."""
+        """From now on each answer is its connection's last one."""
         self.leaving = True
+        for connection in self.connections:
+            connection.last = True
+
+    def close_idle(self) -> None:
+        """End the connections that ask for nothing. To be called after `leave`, until none is left."""
         for connection in list(self.connections):
             connection.leave_if_idle()
 
@@ -162,6 +176,7 @@ class Proxy:
         self._node = home.node
         self._listener: socket.socket = child.http_listener
         self._middlewares = boot.middlewares
+        self._tls_fd = boot.tls_fd
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._options = as_http_options(boot.http)
@@ -176,7 +191,7 @@ class Proxy:
             queue_limit=QUEUE_LIMIT,
         )
         self.server = Server(self._options, router, lender)
-        self._listening: asyncio.Server | None = None
+        self._listening: Door | None = None
         self._first = asyncio.Event()
         self._control = ControlClient(
             home.find,
@@ -199,28 +214,34 @@ class Proxy:
 
             self.server.app = load(self.server, self._middlewares)
         self._tick()
-        context = _ssl_context(self._options)
+        certificate = _certificate(self._options, self._tls_fd)
         await self._control.open()
         try:
             await asyncio.wait_for(self._first.wait(), _SNAPSHOT_S)
         except TimeoutError:
             log.warning("no snapshot came in %g s; paths are answered with 404 until it does", _SNAPSHOT_S)
-        await self._listen(context)
+        await self._listen(certificate)
         gc.collect()
         gc.freeze()
+        watching = None if certificate is None else self._loop.create_task(certificate.watch())
         await self._ended
+        if watching is not None:
+            watching.cancel()
 
-    async def _listen(self, context: ssl.SSLContext | None) -> None:
+    async def _listen(self, certificate: Certificate | None) -> None:
         if self.server.leaving or self._ended.done():
             return
-        options: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE_S} if context else {}
-        self._listening = await self._loop.create_server(
-            lambda: Connection(self.server), sock=self._listener, backlog=_BACKLOG, ssl=context, **options
-        )
+        options = {} if certificate is None else certificate.for_server()
+        # Its connections have it from it. Without, a client that reads nothing has the kernel keep 4 MB for it.
+        self._listener.setsockopt(_IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        self._listening = Door(self._listener, lambda: Connection(self.server), **options)
+        await self._listening.open()
 
     def _tick(self) -> None:
         self._loop.call_later(self.server.tick_s, self._tick)
         self.server.sweep(self._loop.time(), time.time())
+        if self._listening is not None:
+            self._listening.look()
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
         self.server.follow(snapshot)
@@ -234,15 +255,31 @@ class Proxy:
         if self.server.leaving:
             return
         self.server.leave()
+        self._loop.call_later(timeout_s, self._end)
+        begun = self._loop.time()
+        with contextlib.suppress(OSError):  # then some of those who come now are reset
+            listener.admit_no_more(self._listener)
+        self._close_listener(begun + _QUEUE_S)
+        # Who was accepted just now is among the connections a turn later.
+        self._loop.call_later(_LOOK_S, self._wait_for_connections, begun + _LAST_REQUEST_S)
+
+    def _close_listener(self, at_last: float) -> None:
+        """Close it when all who waited there have been accepted: to close it is to reset them."""
+        is_accepting = self._listening is not None and self._loop.time() < at_last
+        if is_accepting and listener.has_waiting(self._listener):
+            self._loop.call_later(_LOOK_S, self._close_listener, at_last)
+            return
         if self._listening is not None:
             self._listening.close()
         self._listener.close()
-        self._loop.call_later(timeout_s, self._end)
-        self._wait_for_connections()
 
-    def _wait_for_connections(self) -> None:
-        if self.server.connections:
-            self._loop.call_later(0.01, self._wait_for_connections)
+    def _wait_for_connections(self, patient_until: float) -> None:
+        is_patient = self._loop.time() < patient_until
+        if not is_patient:
+            self.server.close_idle()
+        in_handshake = is_patient and self.server.scheme == "https"  # there may be such, and they are not counted yet
+        if self.server.connections or in_handshake or self._listener.fileno() >= 0:
+            self._loop.call_later(_LOOK_S, self._wait_for_connections, patient_until)
         else:
             self._end()
 
@@ -251,15 +288,12 @@ class Proxy:
             self._ended.set_result(None)
 
 
-def _ssl_context(options: HTTPOptions) -> ssl.SSLContext | None:
+def _certificate(options: HTTPOptions, kept_fd: int) -> Certificate | None:
     if not options.ssl_certfile:
         return None
-    import ssl
+    from headgate.proxy.tls import Certificate, Files, Kept
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
-    return context
+    return Certificate(Files(options.ssl_certfile, options.ssl_keyfile), Kept(kept_fd))
 
 
 async def _serve(child: ChildBoot) -> None:
@@ -269,5 +303,6 @@ async def _serve(child: ChildBoot) -> None:
 def main(child: ChildBoot) -> int:
     """Be an HTTP proxy until the instance shuts down; the exit status."""
     logs.configure()
+    descriptors.raise_limit()
     eventloop.run(_serve(child))
     return 0

@@ -73,6 +73,8 @@ class CallerLink(Link):
             needed = worker.refuses(self)
             if needed is not None:
                 self.send(_pack(0, framing.DRAINING, 0, 0, slot, needed))
+                if needed and arg >> 48:  # the router counts on these, and goes on once it has caught up
+                    self.send(_pack(0, framing.ROOM, 0, 0, 0, arg >> 48))
                 return
         want = arg >> 48
         if not worker.admission.offer(self, want):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from headgate.engine.listener import bind_unix
+from headgate.engine import directory
 from headgate.wire import address
 from headgate.wire.home import Home, home_of_child
 
@@ -58,13 +58,13 @@ class Place(Struct, frozen=True):
             home=home_of_child(boot),
             id=child.id,
             backend=child.name,
-            listen=[os.path.join(boot.directory, f"r{child.id.rpartition('#')[2]}.sock")],
+            listen=[directory.replica_socket(boot.directory, child.id)],
             expose=bool(boot.http.get("expose_tracebacks")),
         )
 
     def bind(self) -> list[socket.socket]:
         """Listening sockets, one for each of `listen`."""
-        return [bind_unix(at) if at.startswith("/") else address.listen(at) for at in self.listen]
+        return [address.listen(at) for at in self.listen]
 
 
 def addresses(listeners: Sequence[socket.socket]) -> tuple[str, str]:

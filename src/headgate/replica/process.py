@@ -12,6 +12,7 @@ Every change of state is one Report (wire/messages.py); what the controller make
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import mmap
@@ -45,6 +46,7 @@ from headgate.replica.links import CallerLink
 from headgate.replica.place import Place, addresses
 from headgate.replica.plain import PlainThread
 from headgate.replica.watch import HealthWatch, LoopWatch
+from headgate.replica.wear import Wear
 from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import Acceptor
@@ -62,6 +64,7 @@ _SWITCH_INTERVAL_S = 0.0005  # with user code on a thread: p99 of a 2 ms handler
 def main(child: ChildBoot) -> int:
     """Run one replica until the instance ends."""
     logs.configure(backend=child.name, replica=child.id)
+    faulthandler.enable()  # here: only this thread, which runs user code, gets a stack for a stack overflow
     Replica(Place.of(child)).run()
     return 0
 
@@ -220,6 +223,7 @@ class Replica:
         os.register_at_fork(after_in_child=worker.forked)
         health = HealthWatch(worker, lambda text: self._tell(messages.Health(text, hangs=True)))
         LoopWatch(worker, health).start(self.instance.thread.loop)
+        wear = Wear(worker, lambda reason: self.say(worn=reason))
         if self.loaded.has_check_health:
             worker.start_background(
                 self.hooks.watch_health(
@@ -236,6 +240,7 @@ class Replica:
         worker.fence(self._fences)
         for message in self._early:
             self._command(message)
+        wear.start(self.instance.thread.loop)
 
     async def _admit(self, worker: Worker, sock: socket.socket, name: str, fds: list[int]) -> None:
         if not fds and sock.family == socket.AF_UNIX:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headgate.core import framing
 from headgate.core.admission import Admission
@@ -28,6 +28,9 @@ from headgate.replica.plain import PlainThread
 from headgate.replica.reservation import Reservations
 from headgate.replica.watch import STUCK_EXIT
 from headgate.wire.handshake import wire_name
+
+if TYPE_CHECKING:
+    from headgate.replica.wear import Wear
 
 log = logging.getLogger("headgate.replica")
 
@@ -61,6 +64,9 @@ class Worker:
         self.links: set[CallerLink] = set()
         self.running: object = None  # the Job or batch that the plain thread is in
         self.is_fork = False  # user code forked, and this is the copy
+        self.served = 0
+        self.last_request = 0  # after which `wear` is to look; 0: none
+        self.wear: Wear | None = None
         self.outcomes = Outcomes(self, expose)
         self.reservations = Reservations(self)
         self._default = loaded.method() if loaded.is_callable else None
@@ -93,6 +99,9 @@ class Worker:
 
     def freed(self) -> None:
         """A request has ended: its slot goes to whoever is next."""
+        self.served = served = self.served + 1
+        if served == self.last_request and self.wear is not None:
+            self.wear.look()
         link = self.admission.free()
         if link is not None:
             link.send(_ROOM)
@@ -240,6 +249,8 @@ class Worker:
         """Obey new limits from now on."""
         self.settings = settings
         self.tell_room(self.admission.set_limit(settings.max_concurrent_queries))
+        if self.wear is not None:
+            self.wear.configure(settings)
         self._batches.configure(settings)
 
     def forked(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from headgate.errors import ProtocolError
+from headgate.wire import descriptors
 from headgate.wire.handshake import accept
 
 log = logging.getLogger("headgate.control")
@@ -28,6 +29,7 @@ class Acceptor:
         self._admit = admit
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._shortage = descriptors.Shortage(log, "connections of this instance's processes")
 
     def open(self) -> None:
         """Accept on the running loop from now on."""
@@ -43,18 +45,25 @@ class Acceptor:
     def _accept(self, listener: socket.socket) -> None:
         assert self._loop is not None
         for _ in range(100):
+            if not descriptors.are_left(listener.fileno()):  # a handshake needs several
+                self._pause(listener)
+                return
             try:
                 sock, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no file descriptors left: come back when some may be free
-                log.error("cannot accept a connection: %s", error)
-                self._loop.remove_reader(listener.fileno())
-                self._loop.call_later(0.1, self._watch, listener)
+            except OSError:  # no file descriptors left in the whole system
+                self._pause(listener)
                 return
             task = self._loop.create_task(self._greet(sock))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _pause(self, listener: socket.socket) -> None:
+        assert self._loop is not None
+        self._shortage.say()
+        self._loop.remove_reader(listener.fileno())
+        self._loop.call_later(descriptors.LOOK_AGAIN_S, self._watch, listener)
 
     async def _greet(self, sock: socket.socket) -> None:
         try:
@@ -63,7 +72,11 @@ class Acceptor:
             log.warning("refused a connection: %s", error)
             sock.close()
             return
-        await self._admit(sock, name, fds)
+        try:
+            await self._admit(sock, name, fds)
+        except OSError as error:
+            log.warning("cannot take a connection of %s: %s", name, error)
+            sock.close()
 
     def close(self) -> None:
         """Stop accepting; the listening sockets themselves are closed too."""

@@ -17,6 +17,8 @@ from headgate.errors import InstanceError, ProtocolError
 
 #: Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
 BACKLOG = 4096
+#: The longest path that a unix socket's address can hold, without its final zero.
+MAX_UNIX_PATH_BYTES = 107
 
 _TCP = "tcp://"
 #: A machine that is gone says nothing: its connections end after so long.
@@ -51,11 +53,17 @@ def connect_to(address: str) -> tuple[int, Any]:
 
 
 def listen(address: str, backlog: int = BACKLOG) -> socket.socket:
-    """A listening socket; port 0 picks a free one. Only this user may connect to a path.
+    """A listening socket; port 0 picks a free one. A path must be free, and only this user may connect to it (0600).
 
     Raises InstanceError; nothing is left open then.
     """
     family, place = connect_to(address)
+    if family == socket.AF_UNIX and (length := len(os.fsencode(address))) > MAX_UNIX_PATH_BYTES:
+        mend = "; set XDG_RUNTIME_DIR or TMPDIR to a shorter directory" if address.startswith("/") else ""
+        raise InstanceError(
+            f"cannot listen on {address}: a unix socket's address has at most {MAX_UNIX_PATH_BYTES} bytes, "
+            f"this one {length}{mend}"
+        )
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if is_remote(address):

@@ -77,6 +77,11 @@ class Caller:
     answering = False  # the first part of an answer has arrived
     gone = False  # gave up
 
+    @property
+    def retrying(self) -> bool:
+        """Whether a replica has it now, and not the first one (core/retries.py)."""
+        return self.tries > 0 and self.link is not None
+
     def on_assigned(self) -> None:
         """It was sent to a replica; called again if it has to go elsewhere."""
 

@@ -118,11 +118,9 @@ async def _accept(sock: socket.socket, token: bytes, fds: list[int]) -> str:
         _check_user(sock)
     else:
         prepare(sock)
-    greeting, flags = await _receive_fds(loop, sock, _GREETING.size, fds)
+    greeting = await _receive_fds(loop, sock, _GREETING.size, fds)
     magic, version, _, nonce, name = _GREETING.unpack(greeting)
     _check_version(magic, version)
-    if flags & socket.MSG_CTRUNC:
-        raise ProtocolError("the dialer passed more file descriptors than a handshake may")
     mine = os.urandom(32)
     proof = _proof(token, b"acceptor", nonce, mine)
     await loop.sock_sendall(sock, _ANSWER.pack(_MAGIC, VERSION, 0, mine, os.getpid(), proof))
@@ -163,20 +161,21 @@ async def _receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: i
 
 async def _receive_fds(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int, fds: list[int]
-) -> tuple[bytes, int]:
-    data, flags = b"", 0
+) -> bytes:
+    data = b""
     while len(data) < size:
         await _readable(loop, sock)
         try:
-            piece, received, flag = receive_fds(sock, size - len(data), MAX_FDS)
+            piece, received, flags = receive_fds(sock, size - len(data), MAX_FDS)
         except BlockingIOError:
             continue
         fds.extend(received)
-        flags |= flag if len(fds) <= MAX_FDS else socket.MSG_CTRUNC
+        if flags & socket.MSG_CTRUNC or len(fds) > MAX_FDS:
+            raise ProtocolError("the dialer passed more file descriptors than a handshake may")
         if not piece:
             raise ProtocolError("the peer closed the connection in the middle of the handshake")
         data += piece
-    return data, flags
+    return data
 
 
 def receive_fds(sock: socket.socket, size: int, max_fds: int, flags: int = 0) -> tuple[bytes, list[int], int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 from typing import TYPE_CHECKING, Any, cast
 
@@ -129,15 +128,24 @@ class Link(asyncio.BufferedProtocol):
             if self._transport is not None:
                 self._transport.abort()
 
+    def duplicate(self, sock: socket.socket) -> None:
+        """Keep a second way to the connection, before the loop has it. Raises OSError."""
+        self._raw = sock.dup()
+        self._raw.setblocking(False)
+
+    def discard(self) -> None:
+        """End the connection now, and read nothing more of it."""
+        self.abort()
+        if self._raw is not None:
+            self._raw.close()
+            self._raw = None
+
     # --- asyncio's side ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         self._call_soon = asyncio.get_running_loop().call_soon
-        fd = transport.get_extra_info("socket").fileno()
-        self._raw = socket.socket(fileno=os.dup(fd))
-        self._raw.setblocking(False)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._framer.big_buffer() if self._framer.expected else self._view
@@ -182,7 +190,8 @@ class Link(asyncio.BufferedProtocol):
             self.on_end()
 
     def _read_dry(self) -> None:
-        assert self._raw is not None
+        if self._raw is None:
+            return
         try:
             while data := self._raw.recv(_READ_BYTES):
                 frames = self._framer.feed(data)
@@ -193,7 +202,15 @@ class Link(asyncio.BufferedProtocol):
 
 
 async def open_link(link: Link, sock: socket.socket) -> None:
-    """Give an authenticated, connected socket to `link` on the running loop."""
+    """Give an authenticated, connected socket to `link` on the running loop.
+
+    Raises OSError when no file descriptor is left for it; then the socket is closed.
+    """
+    try:
+        link.duplicate(sock)
+    except OSError:
+        sock.close()
+        raise
     loop = asyncio.get_running_loop()
     if sock.family == socket.AF_UNIX:
         await loop.create_unix_connection(lambda: link, sock=sock)

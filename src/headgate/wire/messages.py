@@ -37,7 +37,7 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     `phase` is one of core.lifecycle's: starting, ready, draining, drained, failed. `error` is the
     text for the user when it failed to start or to reconfigure to `config_version`; `error_kind`
     names its class of headgate.errors when it failed to start. `address` and `remote` are those of
-    core.state.ReplicaAddress.
+    core.state.ReplicaAddress. `worn` is why it wants to be replaced (core/recycling.py).
     """
 
     backend: str
@@ -51,6 +51,7 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     error_kind: str = ""
     remote: str = ""
     node: str = "local"
+    worn: str = ""
 
 
 class Hello(Struct, frozen=True, tag="hello", array_like=True):

@@ -248,10 +248,14 @@ class ReplicaLink(Link):
         if not self._pending:
             self.close()
 
+    def keep(self) -> None:
+        """The replica is listed, perhaps again."""
+        self._retired = False
+
     def discard(self) -> None:
         """The router closes: nobody waits for answers any more."""
         self._pending.clear()
-        self.abort()
+        super().discard()
 
     def on_end(self) -> None:
         self._backend.lost(self)

@@ -7,6 +7,7 @@ user's code is, and it carries the requests of sync handles. Nothing of the user
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -14,6 +15,13 @@ from typing import Any, TypeVar
 from headgate.wire.control import ControlClient
 
 T = TypeVar("T")
+
+#: Left to the other threads: Python runs handlers on the main thread, and one that sleeps is not woken up
+#: when the kernel has given the signal to this one.
+_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # fmt: skip
 
 
 class HeadgateThread:
@@ -65,6 +73,7 @@ class HeadgateThread:
                 self.thread.join(2.0)
 
     def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         loop = self.loop
         asyncio.set_event_loop(loop)
         loop.call_soon(self._started.set)
@@ -81,4 +90,5 @@ class HeadgateThread:
             task.cancel()
         if tasks:
             self.loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())  # what tasks began in their last moments
         self.loop.run_until_complete(asyncio.sleep(0))  # transports that were closed say good-bye

@@ -1,7 +1,7 @@
 """Nothing that came over HTTP, and nothing from a stranger on a socket, is ever unpickled.
 
-Every process of the instance carries an audit hook that writes down each look-up of a name that a
-pickle asks for. The pickles that are sent would make a folder, if anybody read them.
+Every process carries an audit hook that writes down each look-up of a name that a pickle asks for
+(tests/pickles.py), in all tests of a run. The pickles that are sent here would make a folder, if anybody read them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import itertools
 import os
 import pickle
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote_from_bytes
 
 import httpx
+import pickles
 import pytest
-from running import key_of, one_instance, pid_of
+from promises import Promise
+from running import instance_pids, key_of, one_instance, pid_of
 
 import headgate
 from headgate.core import framing
@@ -27,16 +31,6 @@ from headgate.wire.handshake import VERSION
 #: The hook gets into processes by the environment, and those of Ray's workers have the node's.
 pytestmark = pytest.mark.local("the audit hook does not get into Ray's workers")
 
-HOOK = """
-import os, sys
-
-def write_down(event, arguments, path=os.environ["HEADGATE_TEST_PICKLES"]):
-    if event == "pickle.find_class":
-        with open("/proc/self/comm") as comm, open(path, "a") as log:
-            print(comm.read().strip(), *arguments, file=log, flush=True)
-
-sys.addaudithook(write_down)
-"""
 CONTENT_TYPES = (
     None, "application/octet-stream", "application/x-pickle", "application/python-pickle", "application/json",
     "application/x-msgpack", "application/vnd.ray.serve", "text/plain", "application/x-www-form-urlencoded",
@@ -63,7 +57,6 @@ class Bomb:
 class Stage(NamedTuple):
     client: headgate.Client
     made: Path  # the folder that is there if a pickle was read
-    log: Path
 
     @property
     def address(self) -> str:
@@ -73,8 +66,9 @@ class Stage(NamedTuple):
         return [pickle.dumps(Bomb(self.made), protocol) for protocol in (0, 2, 5)]
 
     def looked_up(self) -> list[str]:
-        """What a pickle asked for: "process module name" each."""
-        return self.log.read_text().splitlines() if self.log.exists() else []
+        """What a pickle asked for in the instance's processes."""
+        pids = {str(pid) for pid in instance_pids(key_of(self.client))}
+        return [line for line in pickles.lines() if line.split()[1] in pids]
 
 
 def reads_all(request: Any) -> Any:
@@ -87,16 +81,10 @@ def reads_all(request: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("hook")
-    (folder / "sitecustomize.py").write_text(HOOK)
-    log = folder / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADGATE_TEST_PICKLES", str(log))
-        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-        with one_instance(http_options={"port": 0}) as client:
-            client.create_backend("reads", reads_all)
-            client.create_endpoint("reads", backend="reads", route="/reads/{rest:path}", methods=["GET", "POST", "PUT"])
-            yield Stage(client, folder / "made", log)
+    with one_instance(http_options={"port": 0}) as client:
+        client.create_backend("reads", reads_all)
+        client.create_endpoint("reads", backend="reads", route="/reads/{rest:path}", methods=["GET", "POST", "PUT"])
+        yield Stage(client, tmp_path_factory.mktemp("made") / "made")
 
 
 @pytest.fixture
@@ -129,8 +117,28 @@ def test_every_process_has_inherited_the_hook(stage: Stage) -> None:
     key = key_of(stage.client)
     for title in ("headgate-super", "headgate-ctl", "headgate-proxy"):
         environ = Path(f"/proc/{pid_of(key, title)}/environ").read_bytes()
-        assert b"HEADGATE_TEST_PICKLES=" in environ
+        assert pickles.VARIABLE.encode() + b"=" in environ
     assert stage.looked_up(), "the replica, forked like the others, has read its code"
+
+
+@pytest.mark.promise("pickle: sent to any socket, route, header, content type, it is never read")
+def test_pickles_sent_anywhere_are_never_read(promise: Promise, http: httpx.Client, stage: Stage) -> None:
+    """Of random kinds and places; each place on its own is below."""
+    sent = promise.size(full=5000, small=150)
+    for _ in range(sent):
+        choose = promise.random.choice
+        bomb, method, content_type = (
+            choose(stage.bombs()),
+            choose(("POST", "PUT", "PATCH", "DELETE")),
+            choose(CONTENT_TYPES),
+        )
+        headers = {"content-type": content_type} if content_type else {}
+        headers[choose(HEADERS)] = base64.b64encode(bomb).decode()
+        path = choose(("/reads/it", "/reads/", *PAGES))
+        content = bomb if promise.random.random() < 0.5 else pieces(bomb)
+        answer = http.request(method, f"{path}?q={quote_from_bytes(bomb, safe='')}", content=content, headers=headers)
+        assert answer.status_code in (200, 404, 405)
+    promise.none_of(sent, "pickles read")
 
 
 @pytest.mark.parametrize("content_type", CONTENT_TYPES)
@@ -205,3 +213,40 @@ def test_a_stranger_on_the_sockets_of_the_instance_is_not_listened_to(stage: Sta
                 except OSError:  # it was quicker to refuse
                     pass
                 assert len(answered(sock)) in (0, ANSWER_BYTES), "no more than the answer to a greeting"
+
+
+CARELESS = """
+import fractions, pickle
+import headgate, httpx, pytest
+from starlette.middleware import Middleware
+
+class Middle:
+    def __init__(self, app, careless):
+        self.app, self.careless = app, careless
+
+    async def __call__(self, scope, receive, send):
+        if self.careless:
+            pickle.loads(pickle.dumps(fractions.Fraction(1)))
+        await self.app(scope, receive, send)
+
+@pytest.mark.parametrize("careless", [{careless}])
+def test_middlewares(careless):
+    with headgate.start(http_options={{"port": 0, "middlewares": [Middleware(Middle, careless=careless)]}}) as client:
+        assert httpx.get(client.http_address + "/-/healthz").status_code == 200
+"""
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_a_run_in_which_a_proxy_unpickles_fails(tmp_path: Path, careless: bool) -> None:
+    """A run of its own, of a test that passes; the load of the middlewares themselves may be."""
+    (tmp_path / "test_inner.py").write_text(CARELESS.format(careless=careless))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull, "."]
+    paths = os.pathsep.join((str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=100
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == careless, done.stdout
+    complaints = [line for line in done.stdout.splitlines() if line.startswith("headgate-")]
+    assert bool(complaints) == careless
+    assert all(line.startswith("headgate-proxy ") and line.endswith(" fractions Fraction") for line in complaints)

@@ -1,0 +1,90 @@
+"""How worn this replica is: the requests that it has served, and its memory.
+
+Requests are counted on the worker's loop and compared with one number. Memory is looked at once a
+second, from the headgate thread: however busy user code is, and without a system call per request.
+What counts as worn out is core/recycling.py; `tell` gets the reason, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from headgate.core import recycling
+
+if TYPE_CHECKING:
+    from headgate.core.state import Settings
+    from headgate.replica.worker import Worker
+
+log = logging.getLogger("headgate.replica")
+
+PERIOD_S = 1.0
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def rss_bytes() -> int:
+    """The resident memory of this process."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE_BYTES
+
+
+class Wear:
+    """Watches `worker`; `start` names the loop that looks at memory.
+
+    spread   in [0, 1): how much later than others this one has had enough
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        tell: Callable[[str], None],
+        *,
+        spread: float | None = None,
+        rss: Callable[[], int] = rss_bytes,
+    ) -> None:
+        self._worker = worker
+        self._tell = tell
+        self._spread = random.random() if spread is None else spread
+        self._rss = rss
+        self._first_rss = rss()
+        self._warned_of: int | None = None
+        self._is_told = False
+        self._looking: asyncio.AbstractEventLoop
+        worker.wear = self
+        self.configure(worker.settings)
+
+    def start(self, looking: asyncio.AbstractEventLoop) -> None:
+        """Look from now on, on the loop `looking` of another thread."""
+        self._looking = looking
+        looking.call_soon_threadsafe(self._look_again)
+
+    def configure(self, settings: Settings) -> None:
+        """New limits."""
+        self._worker.last_request = recycling.last_request(settings.max_requests, self._spread)
+        if recycling.is_too_low(settings, self._first_rss) and self._warned_of != settings.max_rss_bytes:
+            self._warned_of = settings.max_rss_bytes
+            log.warning(
+                "max_rss_bytes = %d is less than the %d bytes that a replica takes before its first request; "
+                "it is ignored, since a new one would be no better",
+                settings.max_rss_bytes, self._first_rss,
+            )  # fmt: skip
+        self.look()
+
+    def look(self) -> None:
+        """Tell if this replica is worn out. On any thread."""
+        settings = self._worker.settings
+        if self._is_told or (settings.max_requests is None and settings.max_rss_bytes is None):
+            return
+        rss = self._rss() if settings.max_rss_bytes is not None else 0
+        reason = recycling.worn(settings, self._worker.served, rss, self._first_rss, self._spread)
+        if reason:
+            self._is_told = True
+            self._tell(reason)
+
+    def _look_again(self) -> None:
+        self.look()
+        self._looking.call_later(PERIOD_S, self._look_again)
