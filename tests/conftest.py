@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,9 +53,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     promises.configure(config)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; every program would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "local(why): holds for the local engine only; left out with --engine ray")
     os.environ["HEADGATE_TEST_ENGINE"] = engine = config.getoption("--engine")
-    pickles.install()
+    if not hasattr(config, "workerinput"):  # else it is a process of pytest-xdist, which inherits it
+        pickles.install()
     if engine == "ray":
         os.environ["HEADGATE_ENGINE"] = "ray"
         ray_cluster.prepare()
@@ -76,6 +80,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     promises.note(item, outcome.get_result())
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    promises.collect(report)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ _folders: list[str] = []
 
 
 def install() -> None:
-    """From now on; once in a run."""
+    """From now on, in this process and those that it starts; once in a run."""
     folder = tempfile.mkdtemp(prefix="hg-pickles-")
     _folders.append(folder)
     Path(folder, "sitecustomize.py").write_text(HOOK)

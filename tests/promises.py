@@ -24,7 +24,9 @@ import pytest
 #: How many times longer things may take on a machine that runs other things too: in CI, and beside other tests.
 SLACK = 5.0
 
+_LINE = "promise"
 _promises: dict[str, Promise] = {}
+_lines: dict[str, str] = {}  # by node id
 
 
 class Promise:
@@ -94,7 +96,7 @@ def measured(request: pytest.FixtureRequest) -> Iterator[Promise]:
 
 
 def note(item: pytest.Item, report: Any) -> None:
-    """Of each phase of each test."""
+    """Of each phase of each test, where it runs."""
     promise = _promises.get(item.nodeid)
     if promise is None:
         return
@@ -105,14 +107,21 @@ def note(item: pytest.Item, report: Any) -> None:
         promise.figures.append(str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr))
     elif report.when == "call" and promise.outcome == "not run":
         promise.outcome = "kept"
+    report.user_properties.append((_LINE, f"{promise.outcome:8}  {promise.row}: {'; '.join(promise.figures)}"))
+
+
+def collect(report: Any) -> None:
+    """Of each phase of each test, where the run is reported: another process, if tests run in several."""
+    for name, line in report.user_properties:
+        if name == _LINE:
+            _lines[report.nodeid] = line
 
 
 def summary(reporter: pytest.TerminalReporter) -> None:
     """A line for each promise of this run."""
-    if not _promises:
-        return
-    option = reporter.config.getoption
-    machine = f"{os.cpu_count()} cores"
-    reporter.section(f"promises, {option('--promises')}, --promise-seed {option('--promise-seed')}, {machine}")
-    for promise in sorted(_promises.values(), key=lambda promise: promise.row):
-        reporter.write_line(f"{promise.outcome:8}  {promise.row}: {'; '.join(promise.figures)}")
+    if _lines:
+        option = reporter.config.getoption
+        about = f"{option('--promises')}, --promise-seed {option('--promise-seed')}, {os.cpu_count()} cores"
+        reporter.section(f"promises, {about}")
+        for line in sorted(_lines.values(), key=lambda line: line[8:]):
+            reporter.write_line(line)
