@@ -293,16 +293,19 @@ def gone_entirely(pid: int) -> bool:
 
 
 def test_a_controller_that_cannot_start_is_not_restarted_in_a_hot_loop() -> None:
-    tiny = Instance(main="tiny_broken:supervise")
-    try:
-        starts = Path(tiny.directory, "starts")
-        assert eventually(lambda: starts.exists() and len(starts.read_text().split()) >= 5)
-        times = [float(line) for line in starts.read_text().split()]
-        assert times[1] - times[0] < 0.05  # at once
-        assert times[4] - times[3] > 0.05  # and later not
-        assert tiny.ended(within_s=0) is None
-    finally:
-        tiny.close()
+    firsts = []
+    while not any(first < 0.05 for first in firsts):  # at once, where the machine is not busy just then
+        assert len(firsts) < 5, firsts
+        tiny = Instance(main="tiny_broken:supervise")
+        try:
+            starts = Path(tiny.directory, "starts")
+            assert eventually(lambda: starts.exists() and len(starts.read_text().split()) >= 5)  # noqa: B023
+            times = [float(line) for line in starts.read_text().split()]
+            firsts.append(times[1] - times[0])
+            assert times[4] - times[3] > 0.05  # and later not
+            assert tiny.ended(within_s=0) is None
+        finally:
+            tiny.close()
 
 
 def test_a_driver_that_is_gone_already_ends_the_supervisor_at_once() -> None:
