@@ -19,17 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from running import SECONDS_TO_END, eventually
+from running import SECONDS_TO_END, eventually, pid_of
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 import headgate
 
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what others print are no answers
 code, options = json.loads(sys.stdin.readline())
 client = headgate.start(**options)
 exec(compile(code, "<the test's code>", "exec"), globals())
-answers = sys.stdout
-sys.stdout = sys.stderr
 print(json.dumps([client.http_address]), file=answers, flush=True)
 for line in sys.stdin:
     try:
@@ -114,7 +114,7 @@ class Apart:
         return int(eventually(lambda: self.do("[one.pid for one in client.status().proxies]"))[0])
 
     def controller(self) -> int:
-        return int(self.do("client.status().controller_pid"))
+        return pid_of(self.do("client._instance.home.key"), "headgate-ctl")
 
     def _say(self, what: Any) -> None:
         assert self.process.stdin

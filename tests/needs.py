@@ -42,6 +42,15 @@ def root() -> None:
     subprocess.run([program("ip"), "netns", "del", name], check=True)
 
 
+def mounts() -> None:
+    """The right to mount file systems."""
+    if os.geteuid() != 0:
+        _missing("this needs root, for small disks")
+    probe = subprocess.run([program("unshare"), "--mount", "true"], capture_output=True, text=True)
+    if probe.returncode != 0:
+        _missing(f"this root may not mount file systems ({probe.stderr.strip()})")
+
+
 def _missing(what: str) -> Any:
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(f"{what}, for in CI nothing is skipped", pytrace=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -93,3 +95,19 @@ def test_debug_is_silent_unless_asked_for() -> None:
     logs.configure(stream=out, level="DEBUG")
     logs.get("proxy").debug("x")
     assert out.getvalue() != ""
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_cannot_be_written_is_lost_without_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    stream = open(writer, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    monkeypatch.setattr(sys, name, stream)
+    logs.never_fail()
+    lossy = getattr(sys, name)
+    print("read", file=lossy)
+    assert os.read(reader, 100) == b"read\n"
+    os.close(reader)  # the next write would be EPIPE, as ENOSPC on a full disk
+    print("lost", file=lossy)
+    assert (lossy.fileno(), lossy.encoding) == (writer, "utf-8")
+    lossy.close()
+    stream.close()  # the descriptor is still the stream's

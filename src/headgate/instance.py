@@ -74,12 +74,13 @@ class Instance:
         report: Callable[[], messages.Report | None] = lambda: None,
         on_message: Callable[[messages.FromController], None] = lambda message: None,
         timeout_s: float | None = None,
+        routers: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         """Start the headgate thread and connect. Raises InstanceError if nobody listens, and TimeoutError."""
         try:
             if not self.thread.alive:
                 self.thread.start()
-            self.thread.connect(self._client(report, on_message), timeout_s)
+            self.thread.connect(self._client(report, on_message, routers), timeout_s)
             self._leave = weakref.finalize(self, _leave, self.thread, self.control, self._routers, self.pid)
         except BaseException:
             if hasattr(self, "control"):
@@ -93,7 +94,10 @@ class Instance:
             watch(self.control.end_threadsafe)
 
     def _client(
-        self, report: Callable[[], messages.Report | None], on_message: Callable[[messages.FromController], None]
+        self,
+        report: Callable[[], messages.Report | None],
+        on_message: Callable[[messages.FromController], None],
+        routers: Callable[[], tuple[str, ...]],
     ) -> Callable[[], ControlClient]:
         """What makes the control client, which does not hold this."""
         this = weakref.ref(self)
@@ -107,7 +111,7 @@ class Instance:
                 instance._gone()
 
         find, token = self.home.find, self.home.token
-        hello = _hello(self.role, self.name, self.node, self._following, report)
+        hello = _hello(self.role, self.name, self.node, self._following, report, routers)
 
         def make() -> ControlClient:
             client = ControlClient(find, token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone)
@@ -231,10 +235,15 @@ class Instance:
 
 
 def _hello(
-    role: str, name: str, node: str, following: list[bool], report: Callable[[], messages.Report | None]
+    role: str,
+    name: str,
+    node: str,
+    following: list[bool],
+    report: Callable[[], messages.Report | None],
+    routers: Callable[[], tuple[str, ...]],
 ) -> Callable[[int], messages.Hello]:
     pid = os.getpid()
-    return lambda version: messages.Hello(role, name, pid, following[0], version, report(), node)
+    return lambda version: messages.Hello(role, name, pid, following[0], version, report(), node, routers())
 
 
 def _leave(

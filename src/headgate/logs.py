@@ -4,16 +4,18 @@ A line has the keys ts (seconds since 1970), level, logger, msg, and where known
 and request_id; a traceback is part of msg. Query strings, credentials and bodies are never logged;
 nothing is logged per request at INFO.
 
-Rule: only processes that headgate started call `configure`. In a user's process headgate logs to
+Rule: only processes that headgate started call `configure` and `never_fail`. In a user's process headgate logs to
 the logger "headgate" and leaves handlers and levels to the user.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def get(name: str) -> logging.Logger:
@@ -39,6 +41,29 @@ def configure(
     handler = logging.StreamHandler(out)
     handler.setFormatter(kind(backend, replica, request_id or _no_request))
     logging.basicConfig(handlers=[handler], level=level, force=True)
+
+
+def never_fail() -> None:
+    """From now on what this process prints or logs is lost where it cannot be written, and nobody gets an error.
+
+    A full disk or a pipe that nobody reads would otherwise fail each request whose handler prints.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            raw = _Lossy(stream.fileno(), "wb", closefd=False)
+            lossy = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True)
+            setattr(sys, name, lossy)
+
+
+class _Lossy(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def _no_request() -> str:

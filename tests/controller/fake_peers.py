@@ -54,8 +54,15 @@ class FakePeer:
         if not self.silent:
             asyncio.get_running_loop().call_soon(self._hears, self, message)
 
-    def hello(self, *, follows: bool = True, has: int = 0, report: messages.Report | None = None) -> None:
-        self.say(messages.Hello(self.role, self.id, self.pid, follows, has, report, self.node))
+    def hello(
+        self,
+        *,
+        follows: bool = True,
+        has: int = 0,
+        report: messages.Report | None = None,
+        routers: tuple[str, ...] = (),
+    ) -> None:
+        self.say(messages.Hello(self.role, self.id, self.pid, follows, has, report, self.node, routers))
 
     async def call(self, method: str, *, call: str = "", **params: Any) -> Any:
         """The controller's answer to a call."""

@@ -645,6 +645,35 @@ async def test_a_restarted_controller_adopts_what_runs(world: World) -> None:
 
 
 @instance()
+async def test_a_process_that_was_frozen_over_a_restart_is_fenced_before_a_change_is_confirmed(world: World) -> None:
+    await world.create()
+    replica = FakePeer("replica", "b#0001", world.hears)
+    world.crash()
+    await world.start()
+    replica.hello(follows=False, routers=("driver", "frozen"))
+    begun = now()
+    await world.configure(max_concurrent_queries=3)
+    assert now() == pytest.approx(begun + PATIENCE_S, abs=0.01)
+    assert list(replica.fences()[-1]) == ["frozen"]
+
+    replica.say(messages.Linked("frozen", False))
+    await asyncio.sleep(0.01)
+    assert replica.fences()[-1] == {}
+
+
+@instance()
+async def test_who_comes_back_at_once_after_a_restart_holds_up_nothing(world: World) -> None:
+    await world.create()
+    replica = FakePeer("replica", "b#0001", world.hears)
+    world.crash()
+    await world.start()
+    replica.hello(follows=False, routers=("driver",))
+    begun = now()
+    await world.configure(max_concurrent_queries=3)
+    assert now() < begun + 0.01
+
+
+@instance()
 async def test_what_was_being_started_is_cleared_away_and_the_repeat_does_it_anew(world: World) -> None:
     await world.create()
     lost = asyncio.ensure_future(world.update(call="the same"))

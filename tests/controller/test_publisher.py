@@ -11,9 +11,10 @@ import virtual_time
 from fake_peers import FakePeer
 from msgspec.structs import replace
 
-from headgate.controller.publisher import PATIENCE_S, Publisher
+from headgate.controller.publisher import HELD_UP_S, PATIENCE_S, Publisher
 from headgate.core.state import BackendView, ReplicaAddress, Settings, Snapshot
 from headgate.wire import messages
+from headgate.wire.handshake import wire_name
 
 
 class World:
@@ -41,10 +42,10 @@ class World:
         elif isinstance(message, messages.Fenced):
             self.publisher.fenced(peer, message.number)
 
-    def replica(self, id: str = "b#1", *, silent: bool = False) -> FakePeer:
+    def replica(self, id: str = "b#1", *, silent: bool = False, routers: tuple[str, ...] = ()) -> FakePeer:
         replica = FakePeer("replica", id, self.hears)
         replica.silent = silent
-        self.publisher.join_replica(replica)
+        self.publisher.join_replica(replica, routers)
         return replica
 
 
@@ -323,6 +324,224 @@ def test_a_replica_is_told_the_fences_when_it_comes_back() -> None:
     async def main() -> None:
         world = World()
         replica = world.replica()
+        assert replica.fences() == [{}]
+
+    on_virtual_time(main())
+
+
+def test_a_controller_that_was_held_up_hears_before_it_judges() -> None:
+    async def main() -> None:
+        world = World()
+        proxy = world.peer("proxy", "proxy#1", silent=True)
+        version = world.publisher.publish(listing("b#1"))
+        await asyncio.sleep(PATIENCE_S - 0.1)
+        loop: Any = asyncio.get_running_loop()
+        loop.now += 4.0  # its acknowledgement has come, and is not read yet
+        loop.call_later(0.001, world.publisher.acked, proxy, version)
+        await world.publisher.in_force(version)
+        await asyncio.sleep(PATIENCE_S)
+        assert world.silent == []
+
+        world.publisher.publish(listing("b#2"))
+        begun = now()
+        loop.now += 4.0
+        await asyncio.sleep(HELD_UP_S + 0.001)
+        assert world.silent == ["proxy#1"]  # nothing came
+        assert now() < begun + 4.0 + 2 * HELD_UP_S
+
+    on_virtual_time(main())
+
+
+# --- strangers: processes that have links to replicas, and do not follow ---
+
+LATER = 2 << 32
+
+
+def test_a_process_that_only_replicas_know_of_is_waited_for_and_then_fenced() -> None:
+    """It has been frozen since before the controller's restart, say."""
+
+    async def main() -> None:
+        world = World(first=LATER)
+        replica, other = world.replica("b#1", routers=("frozen",)), world.replica("b#2")
+        assert world.publisher.routed("b#9")  # it may follow any snapshot of before
+        version = world.publisher.publish(listing("b#1"))
+        await world.publisher.in_force(version)
+
+        assert now() == PATIENCE_S
+        assert replica.fences()[-1] == other.fences()[-1] == {"frozen": version}
+        assert not world.publisher.routed("b#9")
+        begun = now()
+        await world.publisher.in_force(world.publisher.publish(listing("b#2")))
+        assert now() == begun  # it is fenced already
+
+    on_virtual_time(main())
+
+
+@pytest.mark.parametrize("id", ["frozen", "a name that is too long to be sent in a greeting" * 2])
+def test_a_stranger_that_comes_back_is_fenced_until_it_has_caught_up(id: str) -> None:
+    async def main() -> None:
+        world = World(first=LATER)
+        replica = world.replica(routers=(wire_name(id),))
+        version = world.publisher.publish(listing("b#1"))
+        await world.publisher.in_force(version)
+        client = world.peer(id=id, has=(1 << 32) + 5, silent=True)
+        assert replica.fences()[-1] in ({wire_name(id): version}, {id: version})
+        assert len(client.told) == 1
+
+        client.silent = False
+        client.say(messages.Ack(version))
+        await asyncio.sleep(0.001)
+        assert replica.fences()[-1] == {}
+        assert world.publisher.follows(client)
+
+    on_virtual_time(main())
+
+
+def test_a_stranger_that_says_hello_in_time_costs_no_time() -> None:
+    async def main() -> None:
+        world = World(first=LATER)
+        replica = world.replica(routers=("client",))
+        version = world.publisher.publish(listing("b#1"))
+        waiter = asyncio.ensure_future(world.publisher.in_force(version))
+        await asyncio.sleep(0.02)
+        assert not waiter.done()
+        world.peer(id="client", has=(1 << 32) + 5)
+        await waiter
+        assert now() == pytest.approx(0.02)
+        await asyncio.sleep(PATIENCE_S + 1.0)
+        assert replica.fences() == [{}]
+
+    on_virtual_time(main())
+
+
+def test_a_stranger_is_fenced_up_to_the_newest_snapshot_however_many_there_are() -> None:
+    async def main() -> None:
+        world = World(first=LATER)
+        replica = world.replica(routers=("frozen",))
+        for number in range(5):
+            world.publisher.publish(listing(f"b#{number}"))
+        await world.publisher.in_force(LATER + 1)
+        assert now() == PATIENCE_S
+        assert replica.fences()[-1] == {"frozen": LATER + 5}
+        for number in range(50):
+            await world.publisher.in_force(world.publisher.publish(listing(f"b#{number}")))
+        assert [len(one.pending) for one in world.publisher._followers.values()] == [1]
+
+    on_virtual_time(main())
+
+
+def test_replicas_that_leave_after_the_end_leave_nothing_behind() -> None:
+    async def main() -> None:
+        world = World(first=LATER)
+        replica = world.replica(routers=("frozen",))
+        world.publisher.publish(listing("b#1"))
+        world.publisher.close()
+        world.publisher.leave(replica)
+        assert not world.publisher._followers
+
+    on_virtual_time(main())
+
+
+def test_a_process_that_follows_is_no_stranger() -> None:
+    async def main() -> None:
+        world = World()
+        world.peer(id="client")
+        replica = world.replica(routers=("client",))
+        world.publisher.linked(replica, "client", True)
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        assert now() == 0.0
+
+    on_virtual_time(main())
+
+
+@pytest.mark.parametrize("how", ["its last link ends", "its last replica ends"])
+def test_a_stranger_without_links_is_forgotten(how: str) -> None:
+    async def main() -> None:
+        world = World(first=LATER)
+        first, last = world.replica("b#1"), world.replica("b#2", routers=("gone",))
+        world.publisher.linked(first, "gone", True)
+        world.publisher.linked(first, "gone", True)  # a Hello may have said it already
+        version = world.publisher.publish(listing("b#1"))
+        waiter = asyncio.ensure_future(world.publisher.in_force(version))
+        world.publisher.linked(first, "gone", False)
+        world.publisher.linked(first, "gone", False)
+        await asyncio.sleep(0.1)
+        assert not waiter.done()
+        if how == "its last link ends":
+            world.publisher.linked(last, "gone", False)
+        else:
+            world.publisher.leave(last)
+        await waiter
+        assert now() == pytest.approx(0.1)
+        await asyncio.sleep(PATIENCE_S + 1.0)
+        assert first.fences() == [{}]
+        assert "gone" not in world.publisher._linked
+        assert not world.publisher._followers
+
+    on_virtual_time(main())
+
+
+def test_the_fence_of_a_stranger_goes_with_its_last_link() -> None:
+    async def main() -> None:
+        world = World(first=LATER)
+        replica = world.replica(routers=("gone",))
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        assert replica.fences()[-1] == {"gone": LATER + 1}
+        world.publisher.linked(replica, "gone", False)
+        assert replica.fences()[-1] == {}
+
+    on_virtual_time(main())
+
+
+def test_whoever_loses_its_connection_but_keeps_its_links_is_a_stranger_from_then_on() -> None:
+    async def main() -> None:
+        world = World()
+        replica = world.replica()
+        client = world.peer(id="client")
+        world.publisher.linked(replica, "client", True)
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        await asyncio.sleep(0.1)
+        world.publisher.leave(client)
+        await world.publisher.in_force(1)
+        assert now() == pytest.approx(0.1)  # it has that one
+        await world.publisher.in_force(world.publisher.publish(listing("b#2")))
+        assert now() == pytest.approx(0.1 + PATIENCE_S)
+        assert replica.fences()[-1] == {"client": 2}
+
+        again = world.peer(id="client", has=1)
+        await asyncio.sleep(0.001)
+        assert world.publisher.follows(again)
+        assert replica.fences()[-1] == {}
+
+    on_virtual_time(main())
+
+
+def test_a_fence_outlasts_the_connection_as_long_as_there_are_links() -> None:
+    async def main() -> None:
+        world = World()
+        replica = world.replica(routers=())
+        client = world.peer(id="slow", silent=True)
+        world.publisher.linked(replica, "slow", True)
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        world.publisher.leave(client)
+        assert replica.fences()[-1] == {"slow": 1}
+        world.publisher.linked(replica, "slow", False)
+        assert replica.fences()[-1] == {}
+
+    on_virtual_time(main())
+
+
+def test_of_two_connections_of_one_process_the_end_of_one_makes_no_stranger() -> None:
+    """The old one may end after the new one has said Hello."""
+
+    async def main() -> None:
+        world = World()
+        replica = world.replica(routers=("client",))
+        old = world.peer(id="client", silent=True)
+        world.peer(id="client")
+        world.publisher.leave(old)
+        await world.publisher.in_force(world.publisher.publish(listing("b#1")))
+        assert now() == 0.0
         assert replica.fences() == [{}]
 
     on_virtual_time(main())

@@ -163,6 +163,37 @@ async def test_a_process_that_is_silent_has_its_time(site: Site) -> None:
     assert site.living() == before
 
 
+@pytest.mark.parametrize("left_s", [0.75, 0.05])
+def test_a_controller_that_is_held_up_while_it_takes_over_hears_what_was_said_meanwhile(
+    left_s: float, tmp_path: Path
+) -> None:
+    @site
+    async def test(site: Site) -> None:
+        await _held_up_while_it_takes_over(site, left_s)
+
+    test(tmp_path)
+
+
+async def _held_up_while_it_takes_over(site: Site, left_s: float) -> None:
+    serving = site.begin()
+    await asyncio.sleep(0)
+    site.client.hello()
+    await site.create()
+    await site.lose(serving)
+
+    site.engine.freeze("b#0002")  # it will say how it is when we have it say so
+    known = len(site.client.snapshots)
+    site.begin()
+    await asyncio.sleep(0)
+    site.client.hello()
+    await asyncio.sleep(ADOPT_S - left_s)
+    loop: Any = asyncio.get_running_loop()
+    loop.now += 4.0
+    loop.call_later(0.001, site.engine._on_event, site.reports("b#0002"))  # it has come, and is not read yet
+    await site.client.call("list_backends")
+    assert [len(one.backends[0].replicas) for one in site.client.snapshots[known:]] == [1]
+
+
 @site
 async def test_who_ends_while_the_engine_opens_is_not_waited_for_and_replaced(site: Site) -> None:
     serving = site.begin()

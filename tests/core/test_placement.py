@@ -163,7 +163,7 @@ def test_there_are_words_exactly_if_no_node_has_it_all(needed, nodes):
     assert (lacking(needed, nodes) == "") is (busy(needed, nodes) == "") is fits
 
 
-@given(needed=st.integers(1, 2**60), there=st.integers(1, 2**60))
+@given(needed=st.integers(1, 2**53), there=st.integers(1, 2**53))  # Ray counts resources in floats, exact so far
 def test_more_bytes_never_look_like_fewer(needed, there):
     units = {"bytes": 1, "KiB": 1024, "MiB": 1024**2, "GiB": GIB, "TiB": 1024**4, "PiB": 1024**5, "EiB": 1024**6}
     words = lacking({"memory": needed}, {"a": {"memory": there}})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from promises import Promise
-from running import Script, eventually
+from running import Script, eventually, key_of, pid_of
 
 import headgate
 
@@ -68,4 +68,42 @@ def test_a_frozen_process_delays_a_change_for_two_seconds_and_then_follows_it(
             assert answers(caller) == {"old"}
         assert caller.end() == 0
     promise.within(max(frozen), 2.2, "set_traffic beside a frozen process")
+    promise.within(max(awake), 0.2, "and when it follows again")
+
+
+@pytest.mark.local("Ray restarts the controller's actor in its own time")
+@pytest.mark.promise("a process that is frozen while the controller restarts is fenced too: replicas say who is linked")
+def test_a_process_frozen_over_a_restart_of_the_controller_is_fenced_all_the_same(
+    script: Callable[..., Script], tmp_path: Path, promise: Promise
+) -> None:
+    os.mkfifo(tmp_path / "asks")
+    frozen, awake = [], []
+    with headgate.start(detached=True, namespace="fenced", http_options={"location": None}) as client:
+        client.create_backend("old", lambda request: "old")
+        client.create_backend("new", lambda request: "new")
+        client.create_endpoint("model", backend="old")
+        caller = script(CALLER)
+        assert caller.line() == "ready"
+        with (tmp_path / "asks").open("w", buffering=1) as ask:
+            for _ in range(promise.size(5, 1)):
+                ask.write("\n")
+                assert answers(caller) == {"old"}
+
+                caller.send(signal.SIGSTOP)
+                ask.write("\n")  # what it will do first when it wakes
+                os.kill(pid_of(key_of(client), "headgate-ctl"), signal.SIGKILL)
+                begun = time.monotonic()
+                client.set_traffic("model", {"new": 1.0})
+                frozen.append(time.monotonic() - begun)
+                caller.send(signal.SIGCONT)
+                assert answers(caller) == {"new"}
+
+                eventually(lambda: not client.status().waiting)
+                begun = time.monotonic()
+                client.set_traffic("model", {"old": 1.0})
+                awake.append(time.monotonic() - begun)
+            ask.write("\n")
+            assert answers(caller) == {"old"}
+        assert caller.end() == 0
+    promise.within(max(frozen), 2.7, "set_traffic beside a frozen process, as the controller restarts")
     promise.within(max(awake), 0.2, "and when it follows again")

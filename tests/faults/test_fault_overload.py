@@ -117,7 +117,7 @@ def test_three_times_the_capacity(client: headgate.Client, promise: Promise) -> 
     seconds = promise.size(20, 2)
 
     async def main() -> None:
-        able = await capacity(address, 1.0)
+        able = await capacity(address, 0.7)
         usual = await one_by_one(address, 10)
         with Peak(proxy_pid(client)) as peak:
             async with load(address, "/it", TIMES * able) as running:
@@ -146,7 +146,7 @@ def test_retry_after_is_measured(client: headgate.Client, promise: Promise) -> N
     """Each of two routers has its own line and half of the replica; the pause before is none of the rate's business."""
     waiting, per_second = 40, 20
     serve(client, takes(1 / per_second), max_concurrent_queries=1, max_queued_requests=waiting)
-    seconds = promise.size(10, 3)
+    seconds = promise.size(10, 2)
     time.sleep(0.5)
     to_handles: list[int] = []
 
@@ -206,7 +206,7 @@ def test_http_and_handles_share(client: headgate.Client, promise: Promise) -> No
         over_http = [one for one in running.asked if one.answer.status == 200]
         share = len(served) / (len(served) + len(over_http))
         promise.within(p99(refused), 0.05, "handles refused, p99")
-        promise.within(p99(served), 1.2 * (RUNNING + 2 * QUEUED) * seconds / len(served + over_http), "admitted, p99")
+        promise.within(p99(served), 1.2 * (RUNNING + QUEUED) * seconds / len(served), "admitted, p99")
         promise.says(f"handles got {share:.0%} of {len(served) + len(over_http)} answers")
         assert 1 / 3 < share < 2 / 3
         assert told == {1}

@@ -77,3 +77,13 @@ def test_it_is_exceeded_by_one_body_at_most_and_somebody_always_goes_on(steps: l
             assert not all(reader.paused for reader in readers)
         if not any(received.values()):
             assert not any(reader.paused for reader in readers)
+
+
+def test_it_is_full_while_more_is_held_than_should_be() -> None:
+    budget, one, two = Budget(100), FakeReader(), FakeReader()
+    budget.add(one, 100)
+    assert not budget.full
+    budget.add(two, 1)
+    assert budget.full
+    budget.release(one)
+    assert not budget.full

@@ -481,3 +481,18 @@ async def test_a_large_answer_to_a_request_that_was_cancelled_ends_at_once(rig: 
     assert (await link.end(0))[0] == framing.END
     assert link.stream(0) == b""
     assert rig.worker.admission.held == 0
+
+
+@served(echo)
+async def test_it_says_whose_first_link_opens_and_whose_last_has_ended(rig: Rig) -> None:
+    said: list[tuple[str, bool]] = []
+    rig.worker._on_linked = lambda name, is_linked: said.append((name, is_linked))
+    first, second = await rig.link("client"), await rig.link("client")  # of two loops
+    await rig.link("other")
+    assert said == [("client", True), ("other", True)]
+    first.abort()
+    await asyncio.sleep(0.01)
+    assert said[2:] == []
+    second.abort()
+    await asyncio.sleep(0.01)
+    assert said[2:] == [("client", False)]

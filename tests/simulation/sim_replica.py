@@ -55,6 +55,7 @@ class Shell:
     ) -> None:
         self.report: messages.Report | None = None
         self.fences: dict[str, int] = {}
+        self.linked: dict[str, None] = {}
         self.replica: SimReplica | None = None
         self._hello = messages.Hello("replica", id, pid, node=node)
         self._on_message = on_message
@@ -62,14 +63,23 @@ class Shell:
 
     def _open(self, loop: ProcessLoop) -> None:
         self.control = ControlClient(
-            find, b"", lambda version: replace(self._hello, report=self.report), on_message=self._told
-        )
+            find, b"", lambda version: replace(self._hello, report=self.report, routers=tuple(self.linked)),
+            on_message=self._told,
+        )  # fmt: skip
         loop.create_task(self.control.open())
 
     def say(self, report: messages.Report) -> None:
         """How it is from now on."""
         self.report = report
         self.control.tell(report)
+
+    def link(self, name: str, is_linked: bool) -> None:
+        """The first link of a process opens, or its last has ended."""
+        if is_linked:
+            self.linked[name] = None
+        else:
+            self.linked.pop(name, None)
+        self.control.tell(messages.Linked(name, is_linked))
 
     def serve(self, replica: SimReplica) -> None:
         """It is ready."""
@@ -90,6 +100,7 @@ class SimReplica:
     """One replica that is ready.
 
     on_drained   called when it has nothing left to do
+    on_linked    the worker's
     """
 
     def __init__(
@@ -101,6 +112,7 @@ class SimReplica:
         rules: Rules,
         addresses: tuple[str, ...],
         on_drained: Callable[[], None],
+        on_linked: Callable[[str, bool], None],
     ) -> None:
         self.id = id
         self.tag = spec.backend
@@ -114,7 +126,9 @@ class SimReplica:
         self.code = spec.code_path
         _replicas[loop] = self
         self.plain = SimPlain(self)
-        self.worker = Worker(_loaded(spec.code_path), spec.settings, self.plain, on_drained=on_drained)
+        self.worker = Worker(
+            _loaded(spec.code_path), spec.settings, self.plain, on_drained=on_drained, on_linked=on_linked
+        )
         for address in addresses:
             listener: Any = Listener(network, loop, address)
             MemoryAcceptor(listener, b"", self._admit).open()

@@ -78,7 +78,7 @@ class Asked(Caller):
         self.number = 0  # among all that were sent
         self.serial = 0  # among all that were asked
         self.line: Any = None  # where it waited first
-        self.by_known = False  # its router was known to the controller
+        self.asked_by = self.sent_by = router.router.snapshot.version  # what its router followed then
         self.meta = _meta(id, endpoint)
         self.flags = framing.VALUE
         self.due = NEVER
@@ -166,6 +166,7 @@ class Rules:
         if one.state == "over":
             self.breaks("at most once", f"request {one.id} is sent though it was over: {one.outcome}")
         one.state = "sent"
+        one.sent_by = one.router.router.snapshot.version
         one.sent_to.append((link.replica.id, link))
         self._sent += 1
         one.number = self._sent
@@ -314,8 +315,7 @@ class Rules:
             if self._begun.get(at, 0) > one.number:
                 self.breaks("FIFO", f"request {task.id} began in {replica.id} after one that was sent later")
             self._begun[at] = one.number
-        if one.by_known:
-            self._served_as_said(one, replica)
+        self._served_as_said(one, replica)
 
     # --- changes ---
 
@@ -342,6 +342,8 @@ class Rules:
                     f"request {one.id} of {one.asked_at:.4f} ran {replica.code!r} in {replica.id}, though "
                     f"{later.says!r} was in force at {later.confirmed:.4f}",
                 )
+        if one.asked_by < one.sent_by:  # it waited while its router caught up, and keeps its place in that line
+            return
         policies = [change for change in self.changes if change.of == one.name and change.says is not None]
         standing = [change for change in policies if not self._overtaken(change, one.asked_at)]
         if policies and not any(replica.tag in change.says for change in standing):

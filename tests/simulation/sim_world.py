@@ -189,7 +189,7 @@ class SimEngine(FakeEngine):
                 addresses.append(f"tcp://{process.node}:{process.pid}")
             self.replicas[id] = SimReplica(
                 id, spec, self.loops[id], self.world.network, self.world.rules, tuple(addresses),
-                lambda: self._drained(replica),
+                lambda: self._drained(replica), self.shells[id].link,
             )  # fmt: skip
             self.shells[id].serve(self.replicas[id])
         super()._started(replica)
@@ -378,13 +378,6 @@ class SimRouter:
         awake = not self.loop.frozen and self.world.time() - self._thawed > 3.0
         return awake and link is not None and not link.closed and self.control._connected_at < self.world.time() - 0.1
 
-    @property
-    def is_known(self) -> bool:
-        """Whether the controller that is there now knows of this process."""
-        link: Any = self.control._link
-        end = link and link._transport
-        return bool(end) and not (end.broken or end.peer.broken or self.loop.frozen)
-
     def was_frozen_since(self, moment: float) -> bool:
         return self.loop.frozen or self._thawed >= moment
 
@@ -402,7 +395,7 @@ class SimRouter:
         """As this process: a request."""
         router, rules = self.router, self.world.rules
         one.asked_at = self.loop.time()
-        one.by_known = self.is_known
+        one.asked_by = router.snapshot.version
         endpoint = router.endpoints.get(one.name)
         if endpoint is None:
             one.state, one.outcome = "over", "404"

@@ -27,7 +27,7 @@ from headgate.controller.fleet import Fleet, Setback
 from headgate.controller.proxies import Proxies
 from headgate.controller.publisher import PeerLike, Publisher
 from headgate.controller.store import Store, StoreError
-from headgate.controller.takeover import Takeover
+from headgate.controller.takeover import Listening, Takeover
 from headgate.core import goals as change
 from headgate.core import lifecycle, reconcile
 from headgate.core.reconcile import Seen, Start, Stop
@@ -113,11 +113,11 @@ class Controller:
         self._takeover.looked = True
         self._hear_early()
         if self._routers_unknown:
-            self.loop.call_later(UNKNOWN_ROUTERS_S, self._routers_known)
+            Listening(UNKNOWN_ROUTERS_S, self._routers_known)
         if self._takeover.is_complete:
             self._adopted()
         else:
-            self.loop.call_later(ADOPT_S, self._adopted)
+            Listening(ADOPT_S, self._adopted)
         self.poke()
 
     def _adopt(self, process: Process) -> None:

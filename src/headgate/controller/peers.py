@@ -39,6 +39,8 @@ class Peers:
         match message:
             case messages.Hello():
                 self._hello(peer, message)
+            case messages.Linked(name, is_linked):
+                self._controller.publisher.linked(peer, name, is_linked)
             case messages.Follow():
                 self._controller.publisher.join(peer)
             case messages.Ack(version):
@@ -67,7 +69,7 @@ class Peers:
                 peer.tell(messages.Goodbye())
         elif hello.role == REPLICA:
             controller.fleet.met(hello.id, hello.pid, hello.node)
-            controller.publisher.join_replica(peer)
+            controller.publisher.join_replica(peer, hello.routers)
         if hello.follows:
             controller.publisher.join(peer, hello.snapshot_version)
         controller.said_hello(hello.id)

@@ -4,7 +4,8 @@ A process that follows may use the snapshot that it acknowledged last, or any ne
 sent to it. So a replica counts as `routed` until no follower may use a snapshot that lists it.
 Whoever does not acknowledge in time is dealt with, never ignored: a proxy is reported as
 silent (the controller replaces it); any other process is fenced: replicas refuse its requests until
-it has caught up.
+it has caught up. A process that has links to replicas (linked.py) but does not follow, as one that has
+been frozen since before the controller's restart, is a stranger: it counts as a follower that is behind.
 
 What a snapshot holds is core/goals.py; the messages are wire/messages.py.
 """
@@ -12,8 +13,8 @@ What a snapshot holds is core/goals.py; the messages are wire/messages.py.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -21,15 +22,20 @@ from msgspec.structs import replace
 
 from headgate import logs
 from headgate.controller.failpoints import reach
+from headgate.controller.linked import Linked
 from headgate.core.state import Snapshot
 from headgate.wire import messages
+from headgate.wire.handshake import wire_name
 
 log = logs.get("publisher")
 
 #: How long a process may take to acknowledge a snapshot.
 PATIENCE_S = 2.0
+#: When this loop comes so late it was held up: what others have said meanwhile is read before they are judged.
+HELD_UP_S = 0.25
 PROXY = "proxy"
 REPLICA = "replica"
+STRANGER = "process"
 
 
 class PeerLike(Protocol):
@@ -42,8 +48,21 @@ class PeerLike(Protocol):
     def tell(self, message: messages.FromController) -> None: ...
 
 
+class _Stranger:
+    """A process that is not connected, as a peer: all that is known is its wire name."""
+
+    role = STRANGER
+    pid = 0
+
+    def __init__(self, name: str) -> None:
+        self.id = name
+
+    def tell(self, message: messages.FromController) -> None:
+        """It cannot be told anything."""
+
+
 class _Follower:
-    """One connected process; `floor` is the oldest snapshot that it may still use."""
+    """One process that follows; `floor` is the oldest snapshot that it may still use."""
 
     def __init__(self, peer: PeerLike, floor: int) -> None:
         self.peer = peer
@@ -74,12 +93,16 @@ class Publisher:
         self._on_change = on_change
         self._message: messages.Publish | None = None
         self._listed: deque[tuple[int, frozenset[str]]] = deque([(first, frozenset())])
-        self._followers: dict[PeerLike, _Follower] = {}
+        self._followers: dict[PeerLike, _Follower] = {}  # strangers among them
+        self._names: Counter[str] = Counter()  # of those that are connected, as replicas know them
+        self._strangers: dict[str, _Stranger] = {}
+        self._linked: Linked[PeerLike] = Linked()
         self._replicas: set[PeerLike] = set()
         self._fence_number = 0
         self._unfenced: dict[PeerLike, int] = {}  # replicas that have not said that the newest fence is in force
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._look_at = 0.0
 
     # --- snapshots ---
 
@@ -126,23 +149,69 @@ class Publisher:
         if peer in self._followers:
             return
         follower = self._followers[peer] = _Follower(peer, has or self.snapshot.version)
+        name = wire_name(peer.id)
+        self._names[name] += 1
+        stranger = self._strangers.pop(name, None)
+        if stranger is not None:
+            follower.fence = self._followers.pop(stranger).fence
         if self._message is not None:
             self._send(follower)
+        if stranger is not None:
+            self._settle()
+            self._on_change()
 
-    def join_replica(self, peer: PeerLike) -> None:
-        """`peer` is a replica: it is to hear which processes are fenced."""
+    def join_replica(self, peer: PeerLike, routers: Iterable[str] = ()) -> None:
+        """`peer` is a replica with links of these processes: it is to hear which processes are fenced."""
         self._replicas.add(peer)
         self._tell_fence(peer)
+        for name in routers:
+            self.linked(peer, name, True)
+
+    def linked(self, replica: PeerLike, name: str, is_linked: bool) -> None:
+        """The process of that wire name has links to `replica`, or has none any more."""
+        if is_linked:
+            self._linked.add(replica, name)
+            self._meet(name, 0)
+        elif self._linked.remove(replica, name):
+            self._forget(name)
+
+    def _meet(self, name: str, floor: int) -> _Follower | None:
+        """A process has links: unless it follows, it is a stranger, who may use any snapshot from `floor` on."""
+        if self._names[name] or name in self._strangers:
+            return None
+        stranger = self._strangers[name] = _Stranger(name)
+        follower = self._followers[stranger] = _Follower(stranger, floor)
+        if self._message is not None and floor < self.snapshot.version:
+            self._send(follower)
+        return follower
+
+    def _forget(self, name: str) -> None:
+        """A process has no links any more, with which a stranger is nobody."""
+        stranger = self._strangers.pop(name, None)
+        if stranger is not None:
+            self._drop(stranger)
 
     def leave(self, peer: PeerLike) -> None:
         """The connection of `peer` has ended."""
         self._replicas.discard(peer)
         if self._unfenced.pop(peer, 0):
             self._settle()
-        follower = self._followers.pop(peer, None)
+        for name in self._linked.gone(peer):
+            self._forget(name)
+        follower = self._followers.get(peer)
         if follower is None:
             return
-        if follower.fence:
+        name = wire_name(peer.id)
+        self._names[name] -= 1
+        if not self._names[name]:
+            del self._names[name]
+        if name in self._linked and (stranger := self._meet(name, follower.floor)):
+            stranger.fence = follower.fence
+        self._drop(peer)
+
+    def _drop(self, peer: PeerLike) -> None:
+        """It follows no more."""
+        if self._followers.pop(peer).fence:
             self._tell_fences()
         self._settle()
         self._on_change()
@@ -172,17 +241,24 @@ class Publisher:
         """Stop watching; whoever waits is let go."""
         self._unfenced.clear()
         self._followers.clear()
+        self._strangers.clear()
         self._settle()
 
     # --- details ---
 
     def _send(self, follower: _Follower) -> None:
         assert self._message is not None
+        if follower.pending and follower.peer.role == STRANGER:
+            return  # the first says how long it has been behind, and none of them is ever acknowledged
         due = asyncio.get_running_loop().time() + PATIENCE_S
         follower.pending.append((self._message.version, due))
         follower.peer.tell(self._message)
+        self._look_again(due)
+
+    def _look_again(self, moment: float) -> None:
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_at(due, self._check)
+            self._look_at = moment
+            self._timer = asyncio.get_running_loop().call_at(moment, self._check)
 
     def _settle(self) -> None:
         """Forget snapshots that nobody can use any more; let go whoever has waited for that."""
@@ -206,18 +282,21 @@ class Publisher:
         """Deal with those that are overdue; look again when the next one will be."""
         loop = asyncio.get_running_loop()
         self._timer = None
+        if loop.time() > self._look_at + HELD_UP_S:
+            self._look_again(loop.time() + HELD_UP_S)
+            return
         for one in list(self._followers.values()):
             if one.pending and one.pending[0][1] <= loop.time() and not (one.fence or one.reported):
                 self._give_up(one)
         due = [one.pending[0][1] for one in self._followers.values() if one.pending and not one.reported]
         upcoming = [moment for moment in due if moment > loop.time()]
-        if upcoming and self._timer is None:
-            self._timer = loop.call_at(min(upcoming), self._check)
+        if upcoming:
+            self._look_again(min(upcoming))
         self._settle()
         self._on_change()
 
     def _give_up(self, follower: _Follower) -> None:
-        version = follower.pending[-1][0]
+        version = self.snapshot.version
         if follower.peer.role == PROXY:
             follower.reported = True
             log.warning("%s did not take snapshot %d in %g s", follower.name, version, PATIENCE_S)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
+from headgate import logs
 from headgate.engine import ignition, leash
 from headgate.engine.boot import ChildBoot
 from headgate.engine.roles import Role
@@ -34,6 +35,7 @@ def run(
         _hand_over(child, {pipe, *not_mine}, ask)
         _reset_signals(child.role)
         leash.set_title(role.title)
+        logs.never_fail()
         gc.enable()
         if child.role == "replica":
             os.environ[ignition.REPLICA_VARIABLE] = child.id

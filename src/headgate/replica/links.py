@@ -43,7 +43,7 @@ class CallerLink(Link):
         self.jobs: dict[int, Job] = {}
         self._arena = arena
         self._writing = threading.RLock()  # flush is part of send_with
-        worker.links.add(self)
+        worker.linked(self)
 
     def on_frames(self, frames: list[Frame]) -> None:
         for kind, flags, meta_len, slot, arg, source, start, end in frames:

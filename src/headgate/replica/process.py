@@ -51,6 +51,7 @@ from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import Acceptor
 from headgate.wire.link import open_link
+from headgate.wire.payload import error_text
 from headgate.wire.slots import SLOTS, map_memory
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Replica:
         self.spec: messages.ReplicaSpec
         self.loop: asyncio.AbstractEventLoop
         self._inbox: queue.SimpleQueue[messages.Assign] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of `report`, which the control thread repeats on a reconnect
+        self._lock = threading.Lock()  # of what the control thread repeats on a reconnect: `report` and these
+        self._routers: set[str] = set()
         self._early: list[messages.FromController] = []  # came before there was a worker
         self._fences: dict[str, int] = {}
         self._config_version = 0
@@ -94,6 +96,16 @@ class Replica:
     def _known(self) -> messages.Report | None:
         with self._lock:
             return self.report if self.report.version else None
+
+    def _linked(self, name: str, is_linked: bool) -> None:
+        """On the loop: the controller is to know who may send requests, even one that cannot tell it."""
+        with self._lock:
+            (self._routers.add if is_linked else self._routers.discard)(name)
+        self._tell(messages.Linked(name, is_linked))
+
+    def _linked_now(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._routers)
 
     def _message(self, message: messages.FromController) -> None:
         if isinstance(message, messages.Assign):
@@ -127,7 +139,7 @@ class Replica:
     def run(self) -> None:
         """Be told what to run, run it, and serve until the process is stopped; it does not return before."""
         self.instance.when_gone(self.place.over)  # nobody is left to answer to
-        self.instance.join(self._known, self._message)
+        self.instance.join(self._known, self._message, routers=self._linked_now)
         self.spec = self._inbox.get().spec
         set_replica_context(ReplicaContext(self.spec.backend, self.place.id))
         with self._lock:
@@ -200,21 +212,26 @@ class Replica:
         asyncio.set_event_loop(loop)
         self.loop = loop
         task = loop.create_task(begin())
+        task.add_done_callback(self._begun)
         while True:
             try:
                 loop.run_forever()
                 return
             except (SystemExit, KeyboardInterrupt):  # a task of the user's own raised it
                 log.exception("a task raised what would end the process; the replica goes on")
-            finally:
-                if task.done() and not task.cancelled() and task.exception() is not None:
-                    log.error("the replica cannot serve", exc_info=task.exception())
+
+    def _begun(self, task: asyncio.Task[Any]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, OSError):
+            log.error("the replica cannot serve", exc_info=error)
+        self._say_failed(BackendStartError(f"the replica cannot serve: {error_text(error)}"))
 
     async def _open(self) -> None:
         """Listen for routers and say so."""
         worker = Worker(
             self.loaded, self.spec.settings, self.plain,
-            expose=self.place.expose, on_drained=partial(self.say, phase="drained"),
+            expose=self.place.expose, on_drained=partial(self.say, phase="drained"), on_linked=self._linked,
         )  # fmt: skip
         listeners = self.place.bind()
         address, remote = addresses(listeners)
@@ -249,7 +266,12 @@ class Replica:
         # A router of another node shares no memory: nobody reads its page.
         page = map_memory(fds[0]) if fds else mmap.mmap(-1, SLOTS)
         arena = map_memory(fds[1]) if len(fds) > 1 else None
-        await open_link(CallerLink(worker, name, page, arena), sock)
+        link = CallerLink(worker, name, page, arena)
+        try:
+            await open_link(link, sock)
+        except OSError:  # no file descriptor is left: it never was one
+            worker.lost(link)
+            raise
 
     # --- requests whose arguments come another way (reservation.py), from any thread ---
 

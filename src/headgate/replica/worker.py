@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ class Worker:
 
     expose       whether tracebacks go to HTTP clients
     on_drained   called once, when a draining replica has nothing left to do
+    on_linked    called when the first link of a process opens (True) and when its last has ended, with its wire name
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Worker:
         *,
         expose: bool = False,
         on_drained: Callable[[], None] = lambda: None,
+        on_linked: Callable[[str, bool], None] = lambda name, is_linked: None,
     ) -> None:
         self.loaded = loaded
         self.settings = settings
@@ -71,6 +74,8 @@ class Worker:
         self.reservations = Reservations(self)
         self._default = loaded.method() if loaded.is_callable else None
         self._on_drained = on_drained
+        self._on_linked = on_linked
+        self._routers: Counter[str] = Counter()  # how many links each process has: one for each of its loops
         self._batches = Batches(self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -92,9 +97,20 @@ class Worker:
         for link in links:
             link.send(_ROOM)
 
+    def linked(self, link: CallerLink) -> None:
+        """A link is about to open."""
+        self.links.add(link)
+        self._routers[link.name] += 1
+        if self._routers[link.name] == 1:
+            self._on_linked(link.name, True)
+
     def lost(self, link: CallerLink) -> None:
         """A link has ended."""
         self.links.discard(link)
+        self._routers[link.name] -= 1
+        if not self._routers[link.name]:
+            del self._routers[link.name]
+            self._on_linked(link.name, False)
         self.tell_room(self.admission.forget(link))
 
     def freed(self) -> None:

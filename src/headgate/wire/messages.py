@@ -55,7 +55,10 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
 
 
 class Hello(Struct, frozen=True, tag="hello", array_like=True):
-    """The first message. `follows` asks for snapshots; `snapshot_version` is the newest it has."""
+    """The first message. `follows` asks for snapshots; `snapshot_version` is the newest it has.
+
+    routers   of a replica: the processes that have links to it, by their wire names (handshake.py)
+    """
 
     role: str  # "client", "proxy", "replica" or "agent"
     id: str
@@ -64,6 +67,14 @@ class Hello(Struct, frozen=True, tag="hello", array_like=True):
     snapshot_version: int = 0
     report: Report | None = None
     node: str = "local"
+    routers: tuple[str, ...] = ()
+
+
+class Linked(Struct, frozen=True, tag="linked", array_like=True):
+    """The first link of a process to this replica has opened, or the last has ended; `name` is its wire name."""
+
+    name: str
+    is_linked: bool
 
 
 class Follow(Struct, frozen=True, tag="follow", array_like=True):
@@ -173,7 +184,7 @@ class Goodbye(Struct, frozen=True, tag="goodbye", array_like=True):
     timeout_s: float = 20.0
 
 
-ToController = Hello | Follow | Ack | Request | Report | Health | Pong | Fenced | Answer
+ToController = Hello | Linked | Follow | Ack | Request | Report | Health | Pong | Fenced | Answer
 FromController = Ask | Assign | Configure | Drain | Fence | Publish | Response | Ping | Goodbye
 
 encode = msgspec.msgpack.Encoder().encode
