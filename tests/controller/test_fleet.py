@@ -52,6 +52,19 @@ def test_what_was_stopped_before_it_had_a_process_is_not_wanted() -> None:
     name = fleet.ask(GOAL, 0.0)
     fleet.stopped(name, 1.0)
     assert fleet.of("iris") == []
+    assert fleet.versions("iris") == [GOAL.version]  # it may come yet: its version is not free
+    assert not fleet.born(name, ID, pid=7)
+    assert fleet.versions("iris") == [GOAL.version]
+    fleet.ended(ID, "killed", 2.0)
+    assert fleet.versions("iris") == []
+
+
+def test_what_was_stopped_before_it_had_a_process_and_gets_none_is_forgotten() -> None:
+    fleet = Fleet()
+    name = fleet.ask(GOAL, 0.0)
+    fleet.stopped(name, 1.0)
+    assert fleet.ended(name, "no such node", 2.0) is None
+    assert fleet.versions("iris") == []
     assert not fleet.born(name, ID, pid=7)
 
 

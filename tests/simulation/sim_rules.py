@@ -397,7 +397,7 @@ class Rules:
             self.breaks("ids", f"the id {id} is used again")
         for other, theirs in living.items():
             same = (theirs.backend, theirs.version) == (spec.backend, spec.version)
-            if same and theirs.code_path != spec.code_path:
+            if same and theirs.code_path != spec.code_path != "":  # "": its blob is gone, it will not come up
                 what = f"{id} is version {spec.version} with {spec.code_path!r}"
                 self.breaks("ids", f"{what}; {other} is, with {theirs.code_path!r}")
 

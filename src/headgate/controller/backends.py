@@ -164,7 +164,7 @@ class Backends:
             await controller.in_force(version)
             if force:
                 controller.stop_now(tag)
-            await controller.until(lambda: not controller.fleet.of(tag))
+            await controller.until(lambda: not controller.fleet.versions(tag))
 
     async def do_list_backends(self, call: str, params: Any) -> Any:
         return {goal.tag: self._described(goal) for goal in self._controller.goals.backends}

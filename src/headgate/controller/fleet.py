@@ -109,6 +109,7 @@ class Fleet:
         self._notes: dict[str, _Notes] = {}
         self._asked = 0
         self._unborn: set[str] = set()  # asked for, without an id
+        self._unwanted: dict[str, tuple[Seen, _Notes]] = {}  # the same, but told to end
         self._met: dict[str, tuple[int, str]] = {}  # connected, and not known yet: pid and node
 
     # --- births ---
@@ -123,16 +124,19 @@ class Fleet:
         return name
 
     def born(self, name: str, id: str, pid: int, node: str = "local") -> bool:
-        """The replica that was asked for has an id; False if it is not wanted any more."""
-        one = self.seen.pop(name, None)
-        notes = self._notes.pop(name, None)
-        self._unborn.discard(name)
-        if one is None or notes is None:
+        """The replica that was asked for has an id; False if it is to end at once."""
+        is_wanted = name in self._unborn
+        if is_wanted:
+            self._unborn.discard(name)
+            one, notes = self.seen.pop(name), self._notes.pop(name)
+        elif name in self._unwanted:
+            one, notes = self._unwanted.pop(name)
+        else:
             return False
         self.seen[id] = replace(one, id=id, pid=pid, node=node)
         self._notes[id] = notes
         self._recall(id)
-        return True
+        return is_wanted
 
     def adopt(self, id: str, tag: str, version: int, pid: int, node: str, now: float) -> None:
         """A replica was found running that an earlier controller started."""
@@ -200,6 +204,7 @@ class Fleet:
     def ended(self, id: str, cause: str, now: float) -> Setback | None:
         """The process of a replica is gone, or could not be made."""
         self._met.pop(id, None)
+        self._unwanted.pop(id, None)
         one = self.seen.get(id)
         if one is None:
             return None
@@ -252,12 +257,11 @@ class Fleet:
         self.seen[id] = reconcile.heard(self.seen[id], lifecycle.DRAIN, now)
 
     def stopped(self, id: str, now: float) -> None:
-        """A replica was told to end. One without an id is forgotten: `born` will say so."""
+        """A replica was told to end. One without an id is not seen until it has one: `born` will say so."""
+        self.seen[id] = reconcile.heard(self.seen[id], lifecycle.STOP, now)
         if id in self._unborn:
             self._unborn.discard(id)
-            del self.seen[id], self._notes[id]
-        else:
-            self.seen[id] = reconcile.heard(self.seen[id], lifecycle.STOP, now)
+            self._unwanted[id] = self.seen.pop(id), self._notes.pop(id)
 
     def configuring(self, id: str, config_version: int) -> None:
         """A replica was told to take another user_config."""
@@ -308,8 +312,9 @@ class Fleet:
         return self._notes[id].version
 
     def versions(self, tag: str) -> list[int]:
-        """The versions of its code that run."""
-        return [notes.version for id, notes in self._notes.items() if self.seen[id].backend == tag]
+        """The versions of its code that run, or may be about to."""
+        running = [notes.version for id, notes in self._notes.items() if self.seen[id].backend == tag]
+        return running + [notes.version for one, notes in self._unwanted.values() if one.backend == tag]
 
     def newest_config(self, tag: str) -> int:
         """The highest user_config version that any replica was given."""
