@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import virtual_time
-from memory import HELD, MemoryInstance, Received
+from handlers_in_memory import HANDLERS, Sour, async_handle, echo, sync_handle, turns
+from memory import MemoryInstance, Received
 
 from headgate import get, wait
 from headgate import instance as instances
@@ -31,35 +32,9 @@ from headgate.errors import (
     RequestTimeout,
     SerializationError,
 )
-from headgate.handle import AsyncServeHandle, ServeHandle, make_handle
+from headgate.handle import ServeHandle, make_handle
 from headgate.lanes import _lanes
 from headgate.refs import ObjectRef
-
-
-class Sour(ValueError):
-    """An error of the user's."""
-
-
-def echo(request: Received) -> Any:
-    return request.data
-
-
-def fail(request: Received) -> Any:
-    raise Sour(f"no {request.data}")
-
-
-def hold(request: Received) -> Any:
-    return HELD
-
-
-def describe(request: Received) -> dict[str, Any]:
-    return {
-        "method_name": request.method_name, "http_method": request.http_method, "headers": request.headers,
-        "shard_key": request.shard_key, "data": request.data, "kwargs": request.kwargs,
-    }  # fmt: skip
-
-
-HANDLERS = {"echo": echo, "fail": fail, "hold": hold, "describe": describe}
 
 
 @pytest.fixture
@@ -68,18 +43,6 @@ def instance() -> Iterator[MemoryInstance]:
     made.start()
     yield made
     made.leave()
-
-
-def sync_handle(instance: MemoryInstance, endpoint: str, **options: Any) -> ServeHandle:
-    handle = make_handle(instance, endpoint, **options)  # type: ignore[arg-type]
-    assert isinstance(handle, ServeHandle)
-    return handle
-
-
-def async_handle(instance: MemoryInstance, endpoint: str, missing_ok: bool = False) -> AsyncServeHandle:
-    handle = make_handle(instance, endpoint, missing_ok, sync=False)  # type: ignore[arg-type]
-    assert isinstance(handle, AsyncServeHandle)
-    return handle
 
 
 def held_ref(instance: MemoryInstance) -> tuple[ObjectRef, Received]:
@@ -93,11 +56,6 @@ def held_ref(instance: MemoryInstance) -> tuple[ObjectRef, Received]:
 def in_memory(main: Callable[[MemoryInstance], Any]) -> Any:
     """Run `main(instance)` on virtual time."""
     return virtual_time.run(main(MemoryInstance(dict(HANDLERS))))
-
-
-async def turns(number: int = 3) -> None:
-    for _ in range(number):
-        await asyncio.sleep(0)
 
 
 # --- what comes back ---

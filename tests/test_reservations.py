@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import virtual_time
 from actors_in_memory import MemoryActors, MemoryRef
-from memory import HELD, MemoryHome, MemoryInstance, MemoryLink, Received
+from handlers_in_memory import HANDLERS, async_handle, echo, sync_handle, turns
+from memory import MemoryHome, MemoryInstance, MemoryLink, Received
 
 from headgate import ObjectRef, get, homes, wait
 from headgate.calls import Options, Target
@@ -28,31 +29,8 @@ from headgate.errors import (
     RequestTimeout,
     SerializationError,
 )
-from headgate.handle import AsyncServeHandle, ServeHandle, make_handle
 from headgate.lanes import lane_of
 from headgate.reservations import Reservation, refs_here, use
-
-
-def echo(request: Received) -> Any:
-    return request.data
-
-
-def fail(request: Received) -> Any:
-    raise ValueError(f"no {request.data}")
-
-
-def hold(request: Received) -> Any:
-    return HELD
-
-
-def describe(request: Received) -> dict[str, Any]:
-    return {
-        "method_name": request.method_name, "http_method": request.http_method, "headers": request.headers,
-        "shard_key": request.shard_key, "data": request.data, "kwargs": request.kwargs,
-    }  # fmt: skip
-
-
-HANDLERS = {"echo": echo, "fail": fail, "hold": hold, "describe": describe}
 
 
 class Odd:
@@ -84,26 +62,9 @@ def instance(actors: MemoryActors) -> Iterator[MemoryInstance]:
     made.leave()
 
 
-def sync_handle(instance: MemoryInstance, endpoint: str, **options: Any) -> ServeHandle:
-    handle = make_handle(instance, endpoint, **options)  # type: ignore[arg-type]
-    assert isinstance(handle, ServeHandle)
-    return handle
-
-
-def async_handle(instance: MemoryInstance, endpoint: str, missing_ok: bool = False) -> AsyncServeHandle:
-    handle = make_handle(instance, endpoint, missing_ok, sync=False)  # type: ignore[arg-type]
-    assert isinstance(handle, AsyncServeHandle)
-    return handle
-
-
 def in_memory(main: Callable[[MemoryInstance, MemoryActors], Any]) -> Any:
     """Run `main(instance, actors)` on virtual time."""
     return virtual_time.run(main(*world()))
-
-
-async def turns(number: int = 3) -> None:
-    for _ in range(number):
-        await asyncio.sleep(0)
 
 
 def pending(instance: MemoryInstance) -> set[Any]:

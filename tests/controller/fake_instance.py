@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import virtual_time
 from fake_peers import FakePeer
 from msgspec.structs import replace
 
@@ -197,3 +200,26 @@ class World:
 
 
 FACTS = {"is_async": False, "accepts_batch": False}
+
+
+def on_virtual_time(make: Callable[[Path], World]) -> Callable[[Test], Decorated]:
+    """Run a test with a started instance, on virtual time."""
+
+    def decorate(test: Test) -> Decorated:
+        async def main(directory: Path) -> None:
+            world = make(directory)
+            await world.start()
+            await test(world)
+
+        def run(tmp_path: Path) -> None:
+            virtual_time.run(main(tmp_path), limit_s=600.0)
+
+        functools.update_wrapper(run, test)
+        del run.__wrapped__  # pytest would ask it for its arguments
+        return run
+
+    return decorate
+
+
+Test = Callable[[World], Coroutine[Any, Any, None]]
+Decorated = Callable[[Path], None]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import virtual_time
-from fake_instance import FACTS, HABITS, START_S, World
+from fake_instance import FACTS, HABITS, START_S, Decorated, Test, World, on_virtual_time
 from fake_peers import FakePeer
 from msgspec.structs import replace
 
@@ -26,26 +24,11 @@ from headgate.errors import (
 )
 from headgate.wire import messages
 
-Test = Callable[[World], Coroutine[Any, Any, None]]
 
-
-def instance(*, location: str | None = None, **habits: Any) -> Callable[[Test], Callable[[Path], None]]:
+def instance(*, location: str | None = None, **habits: Any) -> Callable[[Test], Decorated]:
     """Run a test with a started instance, on virtual time."""
 
-    def decorate(test: Test) -> Callable[[Path], None]:
-        async def main(directory: Path) -> None:
-            world = World(directory, location=location, habits=replace(HABITS, **habits))
-            await world.start()
-            await test(world)
-
-        def run(tmp_path: Path) -> None:
-            virtual_time.run(main(tmp_path), limit_s=600.0)
-
-        functools.update_wrapper(run, test)
-        del run.__wrapped__
-        return run
-
-    return decorate
+    return on_virtual_time(lambda directory: World(directory, location=location, habits=replace(HABITS, **habits)))
 
 
 def now() -> float:

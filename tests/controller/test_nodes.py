@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-import virtual_time
-from fake_instance import World
+from fake_instance import Decorated, Test, World, on_virtual_time
 from fake_peers import FakePeer
 
 from headgate.controller.proxies import EARLY, Proxies, is_loopback
 from headgate.errors import InstanceError
 from headgate.wire import messages
 
-Test = Callable[[World], Coroutine[Any, Any, None]]
-
 
 def cluster(
     location: str | None = "EveryNode", nodes: tuple[str, ...] = ("n1", "n2")
-) -> Callable[[Test], Callable[[Path], None]]:
+) -> Callable[[Test], Decorated]:
     """Run a test with an instance that was started on the first of `nodes`, on virtual time."""
 
-    def decorate(test: Test) -> Callable[[Path], None]:
-        async def main(directory: Path) -> None:
-            world = World(directory, location=location, nodes=nodes)
-            await world.start()
-            await test(world)
-
-        def run(tmp_path: Path) -> None:
-            virtual_time.run(main(tmp_path), limit_s=600.0)
-
-        functools.update_wrapper(run, test)
-        del run.__wrapped__
-        return run
-
-    return decorate
+    return on_virtual_time(lambda directory: World(directory, location=location, nodes=nodes))
 
 
 def now() -> float:
