@@ -256,6 +256,8 @@ def test_a_shadow_gets_the_request_too(serve: headgate.Client, tmp_path: Any) ->
     handle = serve.get_handle("a")
     assert [handle.call(n) for n in range(5)] == [1] * 5
     eventually(lambda: log.exists() and len(log.read_text().split()) == 5)
+    serve.delete_endpoint("a")
+    serve.delete_backend("note")
     assert sorted(log.read_text().split()) == list("01234")
 
 
