@@ -507,7 +507,7 @@ def test_scaling_returns_when_the_count_is_reached(client: headgate.Client) -> N
     running = pids(client)
     assert len(running) == 3
     assert set(first) < set(running)
-    assert {handle.call() for _ in range(12)} == set(running)
+    eventually(lambda: {handle.call() for _ in range(12)} == set(running))  # as soon as they are dialled
     client.update_backend_config("it", {"num_replicas": 1})
     assert pids(client) == first
     eventually(lambda: sum(map(is_alive, running)) == 1)
@@ -802,7 +802,7 @@ def test_a_killed_replica_is_replaced(client: headgate.Client) -> None:
     eventually(lambda: len(pids(client)) == 2 and first[0] not in pids(client))
     assert first[1] in pids(client)
     assert {one.restarts for one in client.status().replicas} == {1}
-    assert {handle.call() for _ in range(8)} == set(pids(client))
+    eventually(lambda: {handle.call() for _ in range(8)} == set(pids(client)))  # as soon as it is dialled
 
 
 def test_a_running_request_of_a_killed_replica_fails_once(client: headgate.Client) -> None:
