@@ -12,12 +12,12 @@ from __future__ import annotations
 import concurrent.futures
 import pickle
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from memory import HELD, MemoryInstance
 
-from headgate.errors import RequestTimeout
+from headgate.errors import HeadgateError, RequestTimeout
 from headgate.handle import make_handle
 
 
@@ -43,9 +43,17 @@ class MemoryActors:
         self.couriers: list[tuple[str, str, bool, dict[str, Any]]] = []
         self.held: list[concurrent.futures.Future[Any]] = []
         self.problem: BaseException | None = None
+        self.unknown: list[Callable[[HeadgateError | None], None]] | None = None
 
     def is_ref(self, value: object) -> bool:
         return isinstance(value, MemoryRef)
+
+    def ready(self, replica_id: str, then: Callable[[HeadgateError | None], None]) -> bool:
+        """At once, unless `unknown` is a list: that gets what to call."""
+        if self.unknown is None:
+            return True
+        self.unknown.append(then)
+        return False
 
     def serve(self, replica_id: str, token: int, data: Any, kwargs: dict[str, Any]) -> MemoryRef:
         if self.problem is not None:

@@ -46,8 +46,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("HEADGATE_TEST_ENGINE", "local"),
         help="where the tests' instances live; the default is local, or what HEADGATE_TEST_ENGINE says",
     )
-
-
     promises.add_options(parser)
 
 
@@ -84,6 +82,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     promises.collect(report)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    promises.choose(session.items, session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist has ended; one that died says nothing, but the others know the same."""
+    promises.expect(getattr(node, "workeroutput", {}).get("promises", {}))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    promises.begin(item)
 
 
 @pytest.fixture

@@ -136,6 +136,13 @@ def shared_memory() -> set[Path]:
     return {path for path in found if "faketime_" not in path.name}
 
 
+def maps(pid: int, path: Path) -> bool:
+    """Whether the process has that file in its memory."""
+    with contextlib.suppress(OSError):  # gone, or another user's
+        return f" {path}\n" in Path("/proc", str(pid), "maps").read_text(errors="replace")
+    return False
+
+
 class Watch:
     """What has appeared since this object was made.
 
@@ -178,7 +185,7 @@ class Watch:
         found += [f"port {port} of the test process" for port in sorted(listening_ports() - self._ports)]
         found += [f"{kind(path)} {path}" for path in sorted(run_files(self._run_dir) - self._files)]
         found += [f"bound socket {path}" for path in sorted(bound_sockets(self._run_dir) - self._bound)]
-        found += [f"shared memory {path}" for path in sorted(shared_memory() - self._shm)]
+        found += [f"shared memory {path}" for path in sorted(self._shared_memory())]
         if self._ray is not None:
             return found + self._ray.look() + [f"a connection to {peer}" for peer in links() - self._links]
         now = descriptors()
@@ -186,6 +193,15 @@ class Watch:
             new = {fd: target for fd, target in now.items() if self._descriptors.get(fd) != target}
             found += [f"open file descriptor {fd} -> {target}" for fd, target in sorted(new.items())]
         return found
+
+    def _shared_memory(self) -> set[Path]:
+        """New files of shared memory, but for those that a process of somebody else uses."""
+        new = shared_memory() - self._shm
+        if not new:
+            return new
+        mine = {os.getpid(), *(each.pid for each in self._processes())}
+        others = [each.pid for each in processes() if each.pid not in mine]
+        return {path for path in new if not any(maps(pid, path) for pid in others)}
 
     def _processes(self) -> set[Process]:
         everything = processes()
@@ -210,7 +226,7 @@ class Watch:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(each.pid, os.WNOHANG)
             time.sleep(0.005)
-        for path in sorted((run_files(self._run_dir) - self._files) | (shared_memory() - self._shm)):
+        for path in sorted((run_files(self._run_dir) - self._files) | self._shared_memory()):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -18,11 +18,13 @@ from memory import MemoryInstance, Received
 
 from headgate import get, wait
 from headgate import instance as instances
+from headgate.calls import Options, Target
 from headgate.errors import (
     ArgumentError,
     BackendError,
     BackendOverloaded,
     ConfigError,
+    ControllerUnavailable,
     EndpointNotFound,
     HeadgateError,
     InstanceError,
@@ -32,8 +34,9 @@ from headgate.errors import (
     RequestTimeout,
     SerializationError,
 )
-from headgate.handle import ServeHandle, make_handle
+from headgate.handle import AsyncServeHandle, ServeHandle, make_handle
 from headgate.lanes import _lanes
+from headgate.reach import Reach
 from headgate.refs import ObjectRef
 
 
@@ -602,6 +605,57 @@ def test_a_handle_pickles_and_finds_its_instance_again(
     monkeypatch.setitem(instances._joined, instance.key, instance)  # type: ignore[arg-type]
     assert copy.call(1)["shard_key"] == "s"
     assert pickle.loads(pickle.dumps(copy)).call(2)["data"] == 2
+
+
+class Slow(MemoryInstance):
+    """An instance whose first snapshot takes until `snapshot_is_here`."""
+
+    def __init__(self) -> None:
+        super().__init__(dict(HANDLERS))
+        self.snapshot_is_here = threading.Event()
+
+    def follow(self) -> None:
+        super().follow()
+        if not self.snapshot_is_here.wait(5):
+            raise ControllerUnavailable("no snapshot")
+
+
+def test_an_async_handle_joins_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = Slow()
+    target = Target("echo", False, Options())
+    handle = AsyncServeHandle(Reach(instance.key), target)
+    monkeypatch.setitem(instances._joined, instance.key, instance)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        gives_up = asyncio.ensure_future(handle.call(0))
+        calls = [asyncio.ensure_future(handle.call(number)) for number in range(3)]
+        await turns()
+        gives_up.cancel()
+        await turns()
+        instance.snapshot_is_here.set()
+        assert await asyncio.gather(*calls) == [0, 1, 2]
+        assert instance.follows == 1
+        assert await handle.options(shard_key="a").call(3) == 3
+
+    asyncio.run(main())
+    assert instance.follows == 1
+
+
+def test_an_async_handle_that_could_not_join_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = MemoryInstance(dict(HANDLERS))
+    handle = AsyncServeHandle(Reach(instance.key), Target("echo", False, Options()))
+
+    async def main() -> None:
+        for _ in range(2):
+            with pytest.raises(InstanceError, match="is gone"):
+                await handle.call(1)
+        monkeypatch.setitem(instances._joined, instance.key, instance)  # type: ignore[arg-type]
+        assert await handle.call(1) == 1
+        instance.usable = False
+        with pytest.raises(InstanceError, match="already been shut down"):
+            await handle.call(1)
+
+    asyncio.run(main())
 
 
 def test_in_a_replica_a_handle_uses_the_replicas_own_membership(

@@ -16,6 +16,7 @@ from pathlib import Path
 import leftovers
 import pytest
 from leftovers import Watch
+from running import eventually, is_alive
 
 MARKER = f"own-tests-{os.getpid()}"
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
@@ -146,6 +147,25 @@ def test_the_empty_parent_of_run_directories_may_stay(tmp_path: Path) -> None:
     watch = Watch(MARKER, tmp_path)
     (tmp_path / "headgate").mkdir()
     assert watch.leftovers(grace_s=0) == []
+
+
+@pytest.mark.skipif(not os.access(leftovers.SHM, os.W_OK), reason="no /dev/shm to write to")
+def test_shared_memory_that_somebody_else_uses_is_left_alone(watch: Watch) -> None:
+    path = leftovers.SHM / f"somebody-else-s-{os.getpid()}"
+    stranger = spawn_orphan(
+        f"import mmap, time; f = open({str(path)!r}, 'w+b'); f.truncate(9); m = mmap.mmap(f.fileno(), 9); "
+        "time.sleep(60)",
+        environment("somebody-else"),
+    )
+    try:
+        eventually(lambda: leftovers.maps(stranger, path))
+        assert watch.leftovers(grace_s=0) == []
+        watch.clean()
+        assert path.exists()
+    finally:
+        os.kill(stranger, signal.SIGKILL)
+        eventually(lambda: not is_alive(stranger))
+    assert watch.leftovers(grace_s=0) == [f"shared memory {path}"]
 
 
 @pytest.mark.skipif(not os.access(leftovers.SHM, os.W_OK), reason="no /dev/shm to write to")

@@ -22,6 +22,7 @@ from headgate.errors import (
     ArgumentError,
     BackendOverloaded,
     ConfigError,
+    ControllerUnavailable,
     EndpointNotFound,
     InstanceError,
     ProtocolError,
@@ -30,7 +31,7 @@ from headgate.errors import (
     SerializationError,
 )
 from headgate.lanes import lane_of
-from headgate.reservations import Reservation, refs_here, use
+from headgate.reservations import LOOK_S, Reservation, refs_here, use
 
 
 class Odd:
@@ -192,6 +193,59 @@ def test_many_threads_reserve_with_one_handle(instance: MemoryInstance) -> None:
         thread.join(20)
     assert not wrong
     assert not pending(instance)
+
+
+# --- the actor of a replica ---
+
+
+def test_a_loop_goes_on_while_an_actor_is_looked_for() -> None:
+    async def main(instance: MemoryInstance, actors: MemoryActors) -> None:
+        actors.unknown = []
+        sending = asyncio.ensure_future(async_handle(instance, "echo").remote(1))
+        await turns(10)
+        (found,) = actors.unknown
+        assert not sending.done()
+        found(None)
+        assert await (await sending) == 1
+
+    in_memory(main)
+
+
+def test_a_thread_waits_for_an_actor_that_is_looked_for(instance: MemoryInstance, actors: MemoryActors) -> None:
+    class FoundAtOnce(list[Any]):
+        def append(self, then: Any) -> None:
+            threading.Thread(target=then, args=(None,)).start()
+
+    actors.unknown = FoundAtOnce()
+    assert get(sync_handle(instance, "echo").remote(1)) == 1
+
+
+def test_an_actor_that_is_gone_gives_the_slot_back() -> None:
+    async def main(instance: MemoryInstance, actors: MemoryActors) -> None:
+        actors.unknown = []
+        sending = asyncio.ensure_future(async_handle(instance, "echo").remote(1))
+        await turns(10)
+        actors.unknown.pop()(ReplicaDied("it is gone"))
+        with pytest.raises(ReplicaDied, match="it is gone"):
+            await sending
+        assert len(instance.router().cancelled) == 1
+        assert not actors.served
+
+    in_memory(main)
+
+
+def test_an_actor_that_nobody_finds_is_an_error_in_time_and_no_concern_later() -> None:
+    async def main(instance: MemoryInstance, actors: MemoryActors) -> None:
+        actors.unknown = []
+        with pytest.raises(ControllerUnavailable, match="within 5 s"):
+            await async_handle(instance, "echo").remote(1)
+        assert asyncio.get_running_loop().time() == pytest.approx(LOOK_S, abs=0.1)
+        assert len(instance.router().cancelled) == 1
+        actors.unknown.pop()(None)
+        await turns()
+        assert not actors.served
+
+    in_memory(main)
 
 
 # --- no grant ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import tempfile
@@ -596,6 +597,74 @@ async def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(rig: Rig) 
     assert [arg for kind, _, arg, _ in replica.heard if kind == framing.CANCEL] == [1]
     assert [arg & 0xFFFFFFFF for kind, _, arg, _ in replica.heard if kind == framing.CALL] == [1500]
     assert not rig.router.timed
+
+
+@routed
+async def test_a_request_whose_deadline_came_while_it_waited_is_never_sent(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=1)
+    running, late, patient = Asked(b"1"), Asked(b"2"), Asked(b"3")
+    rig.router.submit(endpoint, running)
+    late.deadline = asyncio.get_running_loop().time() + 0.468
+    rig.router.submit(endpoint, late)
+    rig.router.submit(endpoint, patient)
+    await until(lambda: replica.calls)
+    link, slot, _ = replica.calls[0]
+    await asyncio.sleep(late.deadline - asyncio.get_running_loop().time() + 0.004)  # before the next sweep
+    assert not late.got
+    replica.echo()
+    link.answer(framing.REPLY, slot, 200)
+    assert isinstance(await late.result(), RequestTimeout)
+    assert await patient.result() == ("reply", 200, b"r1:3")
+    assert len(replica.calls) == 2
+    assert not rig.router.timed
+
+
+@routed
+async def test_a_request_that_comes_after_its_deadline_is_never_sent(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]})
+    late = Asked()
+    late.deadline = asyncio.get_running_loop().time() - 0.001
+    rig.router.submit(endpoint, late)
+    assert isinstance(await late.result(), RequestTimeout)
+    await settle()
+    assert not replica.calls
+
+
+@routed
+async def test_before_the_first_dial_no_more_requests_wait_than_the_limits_allow(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]}, max_concurrent_queries=1, max_queued_requests=2)
+    callers = [Asked(str(number).encode()) for number in range(5)]
+    for caller in callers:
+        rig.router.submit(endpoint, caller)
+    for caller in callers[3:]:
+        error = await caller.result()
+        assert isinstance(error, BackendOverloaded)
+        assert "3 waiting (limits 1 and 2)" in str(error)
+    assert not any(caller.got for caller in callers[:3])
+
+
+def pidfds() -> int:
+    return sum("pidfd" in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+
+
+@routed
+async def test_a_link_that_cannot_be_opened_keeps_no_descriptor(rig: Rig) -> None:
+    replica = rig.replica("r1").echo()
+
+    async def fail(link: Link, sock: socket.socket) -> None:
+        sock.close()
+        raise OSError(errno.EMFILE, "no descriptor left")
+
+    before = pidfds()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headgate.wire.replica_link.open_link", fail)
+        endpoint = rig.publish({"b": [replica]})
+        await asyncio.sleep(2.0)  # some forty attempts
+        assert pidfds() == before
+    assert (await rig.ask(endpoint))[0] == "reply"
 
 
 @routed

@@ -59,11 +59,11 @@ def described(answers: dict[str, Answer]) -> list[tuple[str, int, str]]:
     return [(id, answer.status, answer.text[:80]) for id, answer in answers.items()]
 
 
-def under_load(client: headgate.Client, change: Callable[[Load], Any]) -> Load:
+def under_load(client: headgate.Client, change: Callable[[Load], Any], *, proxy_dies: bool = False) -> Load:
     """The load during which `await change(load)` ran; a quarter second of it before and after."""
 
     async def main() -> Load:
-        async with load(address_of(client), "/it", 200) as running:
+        async with load(address_of(client), "/it", 200, proxy_dies=proxy_dies) as running:
             await asyncio.sleep(0.25)
             await change(running)
             await asyncio.sleep(0.25)
@@ -73,13 +73,20 @@ def under_load(client: headgate.Client, change: Callable[[Load], Any]) -> Load:
 
 
 def under_both_loads(
-    client: headgate.Client, change: Callable[[], Awaitable[Any]], fresh_per_s: float = 200
+    client: headgate.Client,
+    change: Callable[[], Awaitable[Any]],
+    fresh_per_s: float = 200,
+    *,
+    proxy_dies: bool = False,
 ) -> tuple[Load, Load]:
     """As `under_load`, beside it so many requests/s each on a connection of its own: (kept, fresh)."""
     address = address_of(client)
 
     async def main() -> tuple[Load, Load]:
-        async with load(address, "/it", 200) as kept, load(address, "/it", fresh_per_s, True, "f") as fresh:
+        async with (
+            load(address, "/it", 200, proxy_dies=proxy_dies) as kept,
+            load(address, "/it", fresh_per_s, True, "f", proxy_dies=proxy_dies) as fresh,
+        ):
             await asyncio.sleep(0.25)
             await change()
             await asyncio.sleep(0.25)

@@ -19,9 +19,10 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from headgate import eventloop, logs
-from headgate.engine import cluster, leash, ray_agents, ray_records
+from headgate.engine import cluster, leash, ray_agents, ray_records, raylet
 from headgate.engine.node import Node
 from headgate.engine.ray_home import ClusterHome
+from headgate.engine.ray_watch import ControllerWatch
 from headgate.errors import BackendError, HeadgateError, InstanceError
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from headgate.replica.process import Replica
 
 log = logs.get("actors")
-
-#: How long an actor waits for the controller's word on where it listens.
-_MEETING_S = 10.0
 
 
 class ControllerActor:
@@ -91,9 +89,9 @@ class AgentActor:
         self._lock = threading.Lock()
         _begin(self._origin, "agent")
         self._node = Node(self._origin, cluster.node_id(), cluster.node_address())
-        self._raylet = cluster.raylet_pid()
+        self._raylet = raylet.raylet_pid()
         threading.Thread(target=self._follow_newest, daemon=True).start()
-        cluster.ControllerWatch(self._origin.scope, self._over).begin()
+        ControllerWatch(self._origin.scope, self._over).begin()
 
     async def open(self, port: int, meeting: bytes) -> str:
         """Have the supervisor run, with a listener on `port`: the URL of the proxy to be."""
@@ -224,7 +222,7 @@ class CourierActor:
 
 def _begin(origin: ray_records.Origin, role: str, backend: str = "", id: str = "") -> None:
     """What every worker of an instance does first."""
-    cluster.end_with_raylet()
+    raylet.end_with_raylet()
     logs.configure(backend=backend, replica=id)
     sys.setswitchinterval(0.0005)
     known = set(sys.path)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from headgate.core.assignment import ReplicaSet, Waiting, assign
-from headgate.core.drain import Drain
+from headgate.core.drain_rate import DrainRate
 from headgate.core.retries import Retries
 from headgate.core.state import BackendView, ReplicaAddress
 from headgate.errors import BackendOverloaded, HeadgateError, ProtocolError, ReplicaDied
@@ -36,6 +36,7 @@ class Routes(Hub, Protocol):
     closed: bool
 
     def route_again(self, caller: Caller) -> None: ...
+    def expire(self, caller: Caller) -> None: ...
     def start_task(self, coroutine: Any) -> None: ...
 
 
@@ -47,14 +48,14 @@ class BackendRoute:
         self.view = view
         self.waiting: Waiting[Caller] = Waiting()
         self.retries: Retries[Caller] = Retries()
-        self._again = self.retries.waiting
+        self._again, self._retried = self.retries.waiting, self.retries.under_way
         self.replicas = ReplicaSet(router.chance)
         self.links: dict[str, ReplicaLink] = {}
         self.addresses: dict[str, ReplicaAddress] = {}
         self._cold: set[str] = set()  # the first replicas, until each was dialled once
         self._early: list[Caller] = []  # came before that: sent then, spread over all, shed if too many
         self.completed = 0  # answers so far, for the drain rate
-        self._drain = Drain()
+        self._drain = DrainRate()
         self._arrivals = 0
         self._ended = False
         self._lined = False  # whether anybody waits; asked twice per request
@@ -65,10 +66,14 @@ class BackendRoute:
         """Send a request, or line it up, or shed it."""
         caller.backend = self
         if self._cold:
-            self._early.append(caller)
+            self._wait_for_dial(caller)
             return
         self._arrivals += 1
         caller.order = self._arrivals
+        if caller.tries:  # routed anew: it stays within the budget
+            self.retries.add(caller)
+            self.dispatch()
+            return
         if not self._lined:
             slot = self.replicas.reserve()
             if slot is not None:
@@ -80,6 +85,17 @@ class BackendRoute:
                 self._line_changed()
         else:
             self._shed(caller, limit)
+
+    def _wait_for_dial(self, caller: Caller) -> None:
+        """Nothing is known of the replicas yet: as many wait as they may hold and the line may."""
+        limit = self._limit(caller)
+        if limit is not None and len(self._early) >= limit + self._slots():
+            self._shed(caller, limit)
+        else:
+            self._early.append(caller)
+
+    def _slots(self) -> int:
+        return self.view.settings.max_concurrent_queries * max(1, len(self.addresses))
 
     def _limit(self, caller: Caller) -> int | None:
         limit = self.view.settings.max_queued_requests
@@ -101,11 +117,14 @@ class BackendRoute:
 
     def dispatch(self) -> None:
         """Send what waits to replicas that have room: first what is to be tried again, then the line."""
-        if self._again:
+        if self._again or self._retried:
             self._retry()
-        for caller, replica, want in assign(self.waiting, self.replicas):
+        leaving, late = assign(self.waiting, self.replicas, self.router.loop.time())
+        for caller, replica, want in leaving:
             self.links[replica].call(caller, want)
         self._line_changed()
+        for caller in late:
+            self.router.expire(caller)
 
     def _line_changed(self) -> None:
         """Note when a line begins and ends."""
@@ -115,6 +134,9 @@ class BackendRoute:
             (self._drain.begin if is_line else self._drain.end)(self.router.loop.time(), self.completed)
 
     def _retry(self) -> None:
+        now = self.router.loop.time()
+        for caller in [caller for caller in self._again if caller.deadline <= now]:
+            self.router.expire(caller)
         active = len(self._again) + len(self.waiting) + self._running()
         room = self.retries.room(active)
         for left in reversed(range(room)):
@@ -147,7 +169,7 @@ class BackendRoute:
     def answered(self) -> None:
         """A slot is free again."""
         self.completed += 1
-        if self._lined or self._again:
+        if self._lined or self._again or self._retried:
             self.dispatch()
 
     @property
@@ -157,12 +179,11 @@ class BackendRoute:
 
     def _overloaded(self, limit: int | None) -> HeadgateError:
         running = sum(self.replicas.in_flight(replica) for replica in self.links)
-        ahead = len(self.waiting) + running
-        retry_s = self._drain.retry_after_s(self.router.loop.time(), self.completed, ahead)
-        slots = self.view.settings.max_concurrent_queries * max(1, len(self.links))
+        waiting = len(self.waiting) + len(self._early)
+        retry_s = self._drain.retry_after_s(self.router.loop.time(), self.completed, running + waiting)
         error = BackendOverloaded(
-            f"backend {self.view.tag!r} is full: {running} requests in flight and {len(self.waiting)} "
-            f"waiting (limits {slots} and {limit}); "
+            f"backend {self.view.tag!r} is full: {running} requests in flight and {waiting} "
+            f"waiting (limits {self._slots()} and {limit}); "
             + (f"it has no replica: {self.trouble}" if self.trouble else _MEND_FULL)
             + f", or retry in {retry_s} s"
         )
@@ -217,8 +238,12 @@ class BackendRoute:
         self._cold.discard(replica_id)
         if not self._cold:
             early, self._early = self._early, []
+            now = self.router.loop.time()
             for caller in early:
-                self.submit(caller)
+                if caller.deadline <= now:
+                    self.router.expire(caller)
+                else:
+                    self.submit(caller)
 
     def _configure(self) -> None:
         usable = [

@@ -1,7 +1,7 @@
 """One thread for what must not run on an event loop because it may be code of the user's.
 
 Values that are rebuilt to be passed on, call-backs of futures: neither may hold up the answers of
-other calls. It starts with the first job.
+other calls. It starts with the first job, and takes the signals that the headgate thread does not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+
+from headgate.wire.thread import take_signals
 
 log = logging.getLogger("headgate.handle")
 
@@ -30,6 +32,7 @@ def in_background(job: Callable[[], object]) -> None:
 
 
 def _work() -> None:
+    take_signals()
     while True:
         job = _jobs.get()
         try:

@@ -158,7 +158,7 @@ class AsyncServeHandle(_Handle):
 
     async def remote(self, data: Any = None, /, **kwargs: Any) -> Any:
         """As ServeHandle.remote; await the ref that it returns for the answer."""
-        lane = self._reach.lane_here()
+        lane = await self._reach.lane_here()
         if _is_request(data):
             data = await _with_body(data)
         if lane.actors is not None:
@@ -174,7 +174,7 @@ class AsyncServeHandle(_Handle):
         if has_refs(data, kwargs):
             data, kwargs = await settle_here(call, is_own, data, kwargs)
         if any_ref(actors.is_ref, data, kwargs):
-            return send_courier(actors, self._reach.key, self._target, data, kwargs)
+            return await asyncio.to_thread(send_courier, actors, self._reach.key, self._target, data, kwargs)
         call.fill(data, kwargs)
         lane.submit(call)
         await _assigned(call)
@@ -182,7 +182,7 @@ class AsyncServeHandle(_Handle):
 
     async def call(self, data: Any = None, /, **kwargs: Any) -> Any:
         """Send a request and return its answer; as ServeHandle.call. Cancelling it cancels the request."""
-        lane = self._reach.lane_here()
+        lane = await self._reach.lane_here()
         if _is_request(data):
             data = await _with_body(data)
         call = Call(lane, self._target)

@@ -3,7 +3,8 @@
 A process joins an instance once, however many clients and handles it has. Routers are made when
 a handle is first used: one on the headgate thread for sync handles, one for each event loop of
 the user's that has an async handle. Each follows the newest snapshot; a router and its links end
-with their loop.
+with their loop. A loop that was just closed says nothing: what it has left open is found when the
+next router is made, the next snapshot comes, or the membership ends.
 
 Clients and handles hold the Instance, and nothing else does: when the last of them is collected,
 the membership ends. The headgate thread therefore refers to it weakly.
@@ -18,8 +19,8 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
-from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from headgate.core.state import Endpoint, Snapshot
 from headgate.errors import ControllerUnavailable, InstanceError
@@ -29,6 +30,9 @@ from headgate.wire.control import OVER, ControlClient
 from headgate.wire.home import Home
 from headgate.wire.pending import SILENCE_S, SILENT
 from headgate.wire.thread import HeadgateThread
+
+if TYPE_CHECKING:
+    from headgate.wire.replica_link import ReplicaLink
 
 _FIRST_SNAPSHOT_S = 10.0
 
@@ -55,9 +59,7 @@ class Instance:
         self.control: ControlClient
         self.closed = False
         self._following = [role == "client"]  # shared with `hello`, which must not hold self
-        self._routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router] = WeakKeyDictionary()
-        self._keepers: dict[asyncio.AbstractEventLoop, LoopEnd] = {}
-        self._lock = threading.Lock()
+        self._routers: _Routers = {}
         self._leave: Callable[[], object] = self.thread.stop
         self._when_gone: list[Callable[[], object]] = []
         self._watchers: set[Callable[[], object]] = set()
@@ -173,14 +175,13 @@ class Instance:
     # --- routers ---
 
     def _spread(self, snapshot: Snapshot) -> None:
-        for loop, router in list(self._routers.items()):
+        _end_closed(self._routers)
+        for loop, (router, _) in list(self._routers.items()):
             if loop is self.thread.loop:
                 router.follow(snapshot)
             else:
-                try:
+                with contextlib.suppress(RuntimeError):  # it was closed just now
                     loop.call_soon_threadsafe(router.follow, snapshot)
-                except RuntimeError:  # that loop was closed
-                    pass
 
         for watcher in list(self._watchers):
             watcher()
@@ -196,13 +197,12 @@ class Instance:
     def router(self) -> Router:
         """The router of the running loop, following the newest snapshot."""
         loop = asyncio.get_running_loop()
-        router = self._routers.get(loop)
+        router, _ = self._routers.get(loop, (None, None))
         if router is None or router.closed:
+            _end_closed(self._routers)
             router = Router(self.home.token, self.name, node=self.node)
-            with self._lock:
-                self._routers[loop] = router
-            if loop is not self.thread.loop:
-                self._keepers[loop] = LoopEnd(partial(_end, router, self._routers, self._keepers))
+            is_users = loop is not self.thread.loop
+            self._routers[loop] = router, LoopEnd(partial(_end, router, self._routers)) if is_users else None
             if self.closed:  # since whoever wants it has asked: `leave` may not have seen it
                 router.close()
                 return router
@@ -249,13 +249,14 @@ def _hello(
 def _leave(
     thread: HeadgateThread,
     control: ControlClient,
-    routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router],
+    routers: _Routers,
     pid: int,
 ) -> None:
     if pid != os.getpid():  # a fork has none of these threads
         return
-    for loop, router in list(routers.items()):
+    for loop, (router, _) in list(routers.items()):
         _on(loop, router.close)
+    _end_closed(routers)
     _on(thread.loop, control.close)
     thread.stop()
 
@@ -267,16 +268,41 @@ def _on(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
         pass
 
 
-def _end(
-    router: Router,
-    routers: WeakKeyDictionary[asyncio.AbstractEventLoop, Router],
-    keepers: dict[asyncio.AbstractEventLoop, LoopEnd],
-) -> None:
+def _end(router: Router, routers: _Routers) -> None:
     """The loop of `router` ends: nothing here is to hold either of them."""
     router.close()
-    if routers.get(router.loop) is router:
+    if routers.get(router.loop, (None, None))[0] is router:
         del routers[router.loop]
-        keepers.pop(router.loop, None)
+
+
+def _end_closed(routers: _Routers) -> None:
+    """End those whose loops were closed without a word to anybody; on any thread."""
+    for loop in [loop for loop in list(routers) if loop.is_closed()]:
+        router, _ = routers.pop(loop, (None, None))
+        if router is not None:  # else another thread has it
+            _end_without_loop(router)
+
+
+def _end_without_loop(router: Router) -> None:
+    router.closed = True  # nothing is dialled any more
+    for backend in list(router.backends.values()):
+        for link in list(backend.links.values()):
+            _end_link_without_loop(link)
+    with contextlib.suppress(RuntimeError):  # a task cannot be cancelled any more
+        router.close()
+
+
+def _end_link_without_loop(link: ReplicaLink) -> None:
+    """As `discard`, and then what the loop would have done in its next turn.
+
+    uvloop's transports are closed with it. asyncio's would keep the socket, and warn of it when it is collected.
+    """
+    transport = link._transport
+    with contextlib.suppress(RuntimeError):  # the transport has no loop to tell
+        link.discard()
+    link.discard()
+    lose = getattr(transport, "_call_connection_lost", link.connection_lost)
+    lose(None)
 
 
 class LoopEnd:
@@ -308,6 +334,10 @@ class LoopEnd:
             yield
         finally:
             close()
+
+
+#: What each loop has: its router, and what sees its end if it is the user's.
+_Routers = dict[asyncio.AbstractEventLoop, tuple[Router, LoopEnd | None]]
 
 
 def joined(key: str) -> Instance | None:

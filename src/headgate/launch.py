@@ -234,17 +234,31 @@ class Ending:
             self.instance.call("shutdown", timeout_s=SHUTDOWN_S)
 
     def _collect(self, force: bool) -> None:
-        launched = self._launched
-        with Held():
-            if force or not launched.collect():
-                launched.kill()
-                if not launched.collect():
-                    launched.kill(signal.SIGKILL)
-                    launched.collect()
-            if self.instance is not None:
-                self.instance.leave()
+        """See to the end of all processes. What kills and leaves is not interrupted, what waits for them is."""
+        with Held() as held:
+            try:
+                if force or not self._is_over(held):
+                    self._kill(held)
+            except BaseException:  # whoever interrupts that does not want to wait
+                self._kill(held)
+                raise
+            finally:
+                if self.instance is not None:
+                    self.instance.leave()
+
+    def _kill(self, held: Held) -> None:
+        self._launched.kill()
+        if not self._is_over(held):
+            self._launched.kill(signal.SIGKILL)
+            self._is_over(held)
+
+    def _is_over(self, held: Held) -> bool:
+        with held.let():
+            return self._launched.collect()
 
     def force(self) -> None:
         """End everything now, also in the middle of `now`."""
         self._launched.kill()
-        self._launched.collect()
+        if not self._launched.collect():
+            self._launched.kill(signal.SIGKILL)
+            self._launched.collect()

@@ -14,19 +14,23 @@ import os
 import sys
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 from headgate import params
 from headgate.engine import cluster, directory, ray_access
 from headgate.engine.ray_home import ClusterHome
-from headgate.engine.ray_records import Origin, pack
+from headgate.engine.ray_records import Origin, Records, pack
+from headgate.engine.ray_watch import ControllerWatch
 from headgate.errors import InstanceError
 from headgate.launch import portable
 
 if TYPE_CHECKING:
     from headgate.config import HTTPOptions
 
-#: The longest that the controller's actor may take to be there.
+#: How long Ray may take to take note of the controller's actor.
+ASKED_S = 10.0
+#: The longest that it may take to be there.
 START_S = 60.0
 #: How long it may take to end once it was told or killed.
 DYING_S = 10.0
@@ -42,7 +46,7 @@ class LaunchedOnRay:
         self._actor = actor
         self._owns_ray = owns_ray
         self._gone = threading.Event()
-        cluster.ControllerWatch(origin.scope, self._gone.set).begin()
+        ControllerWatch(origin.scope, self._gone.set).begin()
 
     def kill(self, number: int = 0) -> None:
         """End the controller at once, for good; the others end when they see it."""
@@ -64,11 +68,12 @@ class LaunchedOnRay:
 def launch(options: HTTPOptions, namespace: str, detached: bool, insecure: bool) -> LaunchedOnRay:
     """Start the controller on the cluster of this process, or on one that is started for it.
 
-    Raises InstanceError, and leaves nothing then.
+    Raises InstanceError or ControllerUnavailable, and leaves nothing then.
     """
     was_there = cluster.is_initialized()
     owns_ray = ray_access.take_part(may_start=not detached)
     try:
+        _check_head()
         _check_open(insecure)
         origin = _origin(options, namespace, detached)
         return LaunchedOnRay(origin, _start(origin), owns_ray)
@@ -76,6 +81,14 @@ def launch(options: HTTPOptions, namespace: str, detached: bool, insecure: bool)
         if not was_there:
             cluster.leave()
         raise
+
+
+def _check_head() -> None:
+    """ControllerUnavailable if the cluster's head does not answer."""
+    try:
+        Records("").has("")
+    except OSError as error:
+        raise cluster.away(str(error)) from None
 
 
 def _check_open(insecure: bool) -> None:
@@ -129,14 +142,40 @@ def scope_of(namespace: str) -> str:
 
 def _start(origin: Origin) -> object:
     if origin.detached and cluster.is_alive(origin.scope):
-        raise InstanceError(
-            f"a detached instance of namespace {origin.namespace!r} runs already on this cluster; use "
-            f"headgate.connect({origin.namespace!r}), or give this one another namespace"
-        )
-    actor = cluster.start_controller(pack(origin), origin.scope, origin.home, detached=origin.detached)
+        raise _runs_already(origin.namespace)
+    actor = _controller(origin)
     try:
         cluster.wait_for(actor.started.remote(), START_S)
     except BaseException:
         cluster.kill(actor)
         raise
     return actor
+
+
+def _controller(origin: Origin) -> Any:
+    starting = cluster.beside(_ask_for_controller, origin)
+    try:
+        actor = cluster.result_of(starting, ASKED_S)
+    except BaseException:
+        starting.add_done_callback(_end_late)
+        raise
+    if actor is None:
+        raise _runs_already(origin.namespace)
+    return actor
+
+
+def _ask_for_controller(origin: Origin) -> Any:
+    return cluster.start_controller(pack(origin), origin.scope, origin.home, detached=origin.detached)
+
+
+def _end_late(starting: Future[Any]) -> None:
+    """Nobody has waited so long for it."""
+    if starting.exception() is None and starting.result() is not None:
+        cluster.kill(starting.result())
+
+
+def _runs_already(namespace: str) -> InstanceError:
+    return InstanceError(
+        f"a detached instance of namespace {namespace!r} runs already on this cluster; use "
+        f"headgate.connect({namespace!r}), or give this one another namespace"
+    )

@@ -7,22 +7,30 @@
 
 What keeps a request from being assigned is raised before the grant. From then on Ray's ref carries
 the outcome, and the reservation only keeps count: however it ends, it ends in silence.
+
+Whoever calls goes on when the actor is known, which takes a moment the first time: nobody looks for
+an actor on a caller's loop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from headgate.calls import Call, Target, Way
 from headgate.core import framing
-from headgate.errors import ProtocolError, SerializationError
+from headgate.errors import ControllerUnavailable, HeadgateError, InstanceError, ProtocolError, SerializationError
 from headgate.router import Caller
 from headgate.wire import payload
 
 log = logging.getLogger("headgate.handle")
+
+#: How long a granted request waits until its replica's actor is known.
+LOOK_S = 5.0
 
 
 class Refs(Protocol):
@@ -41,6 +49,12 @@ class Refs(Protocol):
 class Actors(Refs, Protocol):
     """Replicas that are actors: what `home.actors` of an instance is."""
 
+    def ready(self, replica_id: str, then: Callable[[HeadgateError | None], None]) -> bool:
+        """Whether the replica's actor is known; if not, `then(None)` once it is, or `then(why not)`.
+
+        That is on some thread, perhaps at once, or never if nobody can tell.
+        """
+
     def serve(self, replica_id: str, token: int, data: Any, kwargs: dict[str, Any]) -> Any:
         """Call the replica for the slot that it granted; the ref of its answer, at once.
 
@@ -51,6 +65,12 @@ class Actors(Refs, Protocol):
         self, key: str, endpoint: str, missing_ok: bool, options: dict[str, Any], data: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Have arguments that are refs resolved, and then the call made; the ref of its answer, at once."""
+
+
+class ActorWay(Way, Protocol):
+    """A call's way where replicas are actors."""
+
+    actors: Actors | None
 
 
 _refs: Refs | None = None
@@ -78,10 +98,12 @@ class Reservation(Call):
     replica = ""
     data: Any = None
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    unclaimable: HeadgateError | None = None  # why its replica's actor cannot be called
     _original: Caller | None = None
 
-    def __init__(self, lane: Way, target: Target) -> None:
+    def __init__(self, lane: ActorWay, target: Target) -> None:
         super().__init__(lane, target)
+        self._actors = lane.actors
         self.flags = target.flags | framing.RESERVE
 
     def fill(self, data: object, kwargs: dict[str, Any]) -> None:
@@ -114,7 +136,30 @@ class Reservation(Call):
         assert self.link is not None
         self.token = int.from_bytes(source[start + meta_len : end], "little")
         self.replica = self.link.replica.id
-        super().on_assigned()
+        self._look(self.token)
+
+    def _look(self, token: int) -> None:
+        """Go on with the grant when the replica's actor is known."""
+        lane = self.lane
+
+        def found(problem: HeadgateError | None) -> None:
+            with contextlib.suppress(InstanceError):  # the loop has ended, and all its calls
+                lane.run(self._found, token, problem)
+
+        assert self._actors is not None
+        if self._actors.ready(self.replica, found):
+            super().on_assigned()
+        else:
+            late = ControllerUnavailable(
+                f"replica {self.replica} was not found within {LOOK_S:g} s: the head of the cluster does not answer; "
+                "try again when it is back, `ray status` tells. handle.call() does not need it"
+            )
+            lane.loop.call_later(LOOK_S, self._found, token, late)
+
+    def _found(self, token: int, problem: HeadgateError | None) -> None:
+        if token == self.token and not (self.assigned or self.done):  # else it was lost, and granted elsewhere
+            self.unclaimable = problem
+            super().on_assigned()
 
     def on_reply(self, arg: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
         self.on_reply_end()
@@ -140,6 +185,9 @@ def claim(actors: Actors, granted: Reservation) -> Any:
     """Call the actor; the ref of its answer. If that fails the slot is given back."""
     data, kwargs = granted.data, granted.kwargs
     granted.data, granted.kwargs = None, {}
+    if granted.unclaimable is not None:
+        granted.lane.cancel(granted)
+        raise granted.unclaimable
     try:
         return actors.serve(granted.replica, granted.token, data, kwargs)
     except BaseException as error:

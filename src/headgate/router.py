@@ -94,6 +94,9 @@ class Router:
         timeout_s = backend.view.settings.request_timeout_s
         if timeout_s is not None or caller.deadline != _NEVER:
             self._set_deadline(caller, timeout_s)
+            if caller.deadline <= self.loop.time():
+                self.expire(caller)
+                return
         backend.submit(caller)
 
     def cancel(self, caller: Caller, timed_out: bool = False) -> None:
@@ -107,6 +110,12 @@ class Router:
             caller.link.abandon(caller, timed_out)
         elif caller.backend is not None:
             caller.backend.withdraw(caller)
+
+    def expire(self, caller: Caller) -> None:
+        """The deadline has passed: what runs is cancelled, and what waits will never run."""
+        error = _late(caller)
+        self.cancel(caller, timed_out=True)
+        caller.on_failure(error)
 
     def _shadow(self, endpoint: Endpoint, caller: Caller) -> None:
         if caller.flags & framing.ARENA:  # routed anew, to an endpoint that has gained a shadow: memory has one reader
@@ -132,9 +141,7 @@ class Router:
     def _sweep(self) -> None:
         now = self.loop.time()
         for caller in [caller for caller in self.timed if caller.deadline <= now]:
-            error = _late(caller)
-            self.cancel(caller, timed_out=True)
-            caller.on_failure(error)
+            self.expire(caller)
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep) if self.timed else None
 
     # --- the snapshot ---

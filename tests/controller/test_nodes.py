@@ -9,9 +9,10 @@ import pytest
 from fake_instance import Decorated, Test, World, on_virtual_time
 from fake_peers import FakePeer
 
-from headgate.controller.proxies import EARLY, Proxies, is_loopback
+from headgate.controller.proxies import EARLY, Proxies
 from headgate.errors import InstanceError
 from headgate.wire import messages
+from headgate.wire.address import is_loopback
 
 
 def cluster(
@@ -214,7 +215,9 @@ async def test_an_address_that_only_the_home_node_reaches_is_told_nobody_else(wo
 
 def test_loopback_addresses_are_known() -> None:
     assert all(map(is_loopback, ["http://127.0.0.3:1", "https://[::1]:8000", "http://localhost:80"]))
+    assert all(map(is_loopback, ["127.0.0.1:6379", "[::1]:6379", "localhost:6379"]))
     assert not any(map(is_loopback, ["http://10.0.0.7:1", "http://[fd00::1]:80", "http://head:80"]))
+    assert not any(map(is_loopback, ["10.0.0.7:6379", "[fd00::1]:6379", "head:6379", ""]))
 
 
 # --- early connections ---

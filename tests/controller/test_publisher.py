@@ -54,6 +54,15 @@ def listing(*ids: str) -> Snapshot:
     return Snapshot(backends=(BackendView("b", 1, Settings(), replicas),), ready=True)
 
 
+async def check_it_catches_up(world: World, client: FakePeer, version: int, replica: FakePeer) -> None:
+    """Once a fenced process acknowledges the version it follows, and the replica's fence is gone."""
+    client.silent = False
+    client.say(messages.Ack(version))
+    await asyncio.sleep(0.001)
+    assert replica.fences()[-1] == {}
+    assert world.publisher.follows(client)
+
+
 def now() -> float:
     return asyncio.get_running_loop().time()
 
@@ -133,12 +142,7 @@ def test_a_silent_client_is_fenced_after_two_seconds_until_it_has_caught_up() ->
         assert replica.fences() == [{}, {"slow": version}]
         newcomer = world.replica("b#2")
         assert newcomer.fences() == [{"slow": version}]
-
-        client.silent = False
-        client.say(messages.Ack(version))
-        await asyncio.sleep(0.001)
-        assert replica.fences()[-1] == {}
-        assert world.publisher.follows(client)
+        await check_it_catches_up(world, client, version, replica)
 
     on_virtual_time(main())
 
@@ -387,12 +391,7 @@ def test_a_stranger_that_comes_back_is_fenced_until_it_has_caught_up(id: str) ->
         client = world.peer(id=id, has=(1 << 32) + 5, silent=True)
         assert replica.fences()[-1] in ({wire_name(id): version}, {id: version})
         assert len(client.told) == 1
-
-        client.silent = False
-        client.say(messages.Ack(version))
-        await asyncio.sleep(0.001)
-        assert replica.fences()[-1] == {}
-        assert world.publisher.follows(client)
+        await check_it_catches_up(world, client, version, replica)
 
     on_virtual_time(main())
 

@@ -31,6 +31,12 @@ def reserved(replicas, count):
     return [slot and slot[0] for slot in (replicas.reserve() for _ in range(count))]
 
 
+def leaving(waiting, replicas):
+    sent, late = assign(waiting, replicas, now=0.0)
+    assert not late
+    return sent
+
+
 def queue(*orders):
     waiting = Waiting()
     for order in orders:
@@ -435,22 +441,33 @@ def test_grants_of_a_removed_replica_are_handed_back_at_once():
 def test_requests_leave_in_their_order_while_there_is_room():
     replicas, waiting = following("a", "b", limit=1), queue(1, 2, 3)
 
-    assert assign(waiting, replicas) == [(Request(1), "a", 0), (Request(2), "b", 0)]
+    assert leaving(waiting, replicas) == [(Request(1), "a", 0), (Request(2), "b", 0)]
     replicas.release("b")
-    assert assign(waiting, replicas) == [(Request(3), "b", 0)]
-    assert assign(waiting, replicas) == []
+    assert leaving(waiting, replicas) == [(Request(3), "b", 0)]
+    assert leaving(waiting, replicas) == []
+
+
+def test_a_request_that_is_late_takes_no_slot_wherever_it_stands():
+    replicas, waiting = following("a", limit=1), queue()
+    for request in (Request(1, 5.0), Request(2, 6.0), Request(3, 5.0), Request(4)):
+        waiting.push(request)
+
+    assert assign(waiting, replicas, now=5.0) == ([(Request(2, 6.0), "a", 0)], [Request(1, 5.0), Request(3, 5.0)])
+    assert assign(waiting, replicas, now=99.0) == ([], [])
+    replicas.release("a")
+    assert assign(waiting, replicas, now=99.0) == ([(Request(4), "a", 0)], [])
 
 
 def test_a_refused_request_leaves_first_and_says_how_many_are_behind_it():
     replicas, waiting = following("a", limit=9), queue(1)
-    [(request, name, _)] = assign(waiting, replicas)
+    [(request, name, _)] = leaving(waiting, replicas)
     waiting.push(Request(2))
     replicas.refuse(name)
     waiting.push_front(request)
-    assert assign(waiting, replicas) == []
+    assert leaving(waiting, replicas) == []
     replicas.room("a", 1)
 
-    assert assign(waiting, replicas) == [(Request(1), "a", 1)]
+    assert leaving(waiting, replicas) == [(Request(1), "a", 1)]
 
 
 # --- several routers, one limit -----------------------------------------------------------------
@@ -538,7 +555,7 @@ class Router:
             self.pump()
 
     def pump(self):
-        for request, name, want in assign(self.waiting, self.replicas):
+        for request, name, want in leaving(self.waiting, self.replicas):
             assert request == min(self.queued), "overtaken in the FIFO"
             self.queued.remove(request)
             self.send(request, name, want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -56,6 +57,25 @@ def test_a_budget_that_shrinks_lets_nobody_go() -> None:
 
 def test_there_is_no_room_for_nobody() -> None:
     assert Retries[Request]().room(active=100) == 0
+
+
+def test_nobody_is_kept_beyond_the_answer_though_nobody_waits() -> None:
+    retries: Retries[Request] = Retries()
+    one, other = Request(1), Request(2)
+    known = weakref.ref(one)
+    under_way = retries.under_way
+    for request in (one, other):
+        retries.add(request)
+    for _ in range(retries.room(active=2)):
+        retries.take().retrying = True
+    del request
+    assert under_way == [one, other]
+    one.retrying = False
+    del one
+    assert retries.room(active=1) == 0
+    assert known() is None
+    assert under_way is retries.under_way
+    assert under_way == [other]
 
 
 def test_one_that_loses_its_replica_again_counts_once() -> None:

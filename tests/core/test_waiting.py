@@ -1,3 +1,4 @@
+from math import inf
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ from headgate.core.waiting import Waiting
 
 class Request(NamedTuple):
     order: int
+    deadline: float = inf
 
 
 def queued(*orders):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import pickle
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import pytest
 from running import cancel, cancelled, on_ray
 
 import headgate
+from headgate import eventloop
 
 NO_SERVER = {"location": "NoServer"}
 
@@ -492,6 +496,75 @@ def test_a_handle_is_used_by_many_threads_and_loops(client: headgate.Client) -> 
     for thread in threads:
         thread.join(30)
     assert not wrong
+
+
+# --- event loops ---
+
+
+@pytest.fixture(scope="module")
+def uvloop_pipe() -> None:
+    """The pipe that libuv makes with the first loop of a process, and keeps."""
+    eventloop.new_event_loop().close()
+
+
+@pytest.mark.local("Ray opens descriptors in its driver at will")
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, eventloop.new_event_loop])
+def test_a_loop_that_is_just_closed_leaves_nothing_open(
+    uvloop_pipe: None, client: headgate.Client, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    serve(client, plain_echo, num_replicas=2)
+    handle = client.get_handle("it", sync=False)
+    loops: list[weakref.ref[Any]] = []
+
+    def use() -> int:
+        loop = new_loop()
+        assert loop.run_until_complete(handle.call(len(loops))) == len(loops)
+        with warnings.catch_warnings():
+            if new_loop is eventloop.new_event_loop:  # uvloop warns itself, and hangs if that is an error
+                warnings.simplefilter("ignore", ResourceWarning)
+            loop.close()
+        loops.append(weakref.ref(loop))
+        return len(os.listdir("/proc/self/fd"))
+
+    counts = [use() for _ in range(20)]
+    assert max(counts[1:]) - counts[1] < 8, counts  # those of the newest loop are found by the next
+    gc.collect()  # warns of what was left open
+    assert sum(loop() is not None for loop in loops) < 3
+    before = len(os.listdir("/proc/self/fd"))
+    use()
+    client.shutdown()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) < before
+
+
+#: What a call-back finds, and a program that it starts, whose answer comes on the headgate thread.
+CALL_BACK = """
+import signal, subprocess, threading, time
+import headgate
+
+def nap(request):
+    time.sleep(0.2)
+
+def look(ended):
+    shown = subprocess.run(["grep", "SigBlk", "/proc/self/status"], stdout=subprocess.PIPE, text=True)
+    print("ANSWER", threading.current_thread().name, signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+    print("ANSWER", int(shown.stdout.split()[1], 16) == 1 << signal.SIGUSR2 - 1, flush=True)
+    over.set()
+
+over = threading.Event()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+with headgate.start(http_options={"location": "NoServer"}) as client:
+    client.create_backend("nap", nap)
+    client.create_endpoint("nap", backend="nap")
+    client.get_handle("nap").remote().future().add_done_callback(look)
+    assert over.wait(10)
+"""
+
+
+@pytest.mark.local("a Ray ref's call-backs are Ray's")
+def test_a_call_back_and_what_it_starts_take_the_signals_that_the_program_takes() -> None:
+    run = subprocess.run([sys.executable, "-c", CALL_BACK], capture_output=True, text=True, timeout=30)
+    assert lines(run.stdout) == ["ANSWER headgate-refs {<Signals.SIGUSR2: 12>}", "ANSWER True"], run.stderr
 
 
 # --- composition ---

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import needs
 import pytest
+from plain_sockets import connect, read_to_end
 from running import eventually, one_instance
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -133,27 +134,10 @@ def http(server: headgate.Client) -> Iterator[httpx.Client]:
         yield client
 
 
-def connect(client: headgate.Client) -> socket.socket:
-    host, port = client.http_address.removeprefix("http://").split(":")
-    sock = socket.create_connection((host, int(port)), timeout=10)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
 @pytest.fixture
 def raw(server: headgate.Client) -> Iterator[socket.socket]:
     with connect(server) as sock:
         yield sock
-
-
-def read_to_end(sock: socket.socket) -> bytes:
-    data = b""
-    try:
-        while piece := sock.recv(65536):
-            data += piece
-    except ConnectionResetError:
-        pass
-    return data
 
 
 def read_until(sock: socket.socket, end: bytes) -> bytes:

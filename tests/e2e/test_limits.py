@@ -5,33 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from held_up import Block
 from http_load import Connection, get, get_many
-from running import eventually, one_instance
+from running import eventually
+from under_load import address_of, serve
 
 import headgate
 
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[headgate.Client]:
-    with one_instance(http_options={"port": 0}) as client:
-        yield client
-
-
-def address_of(client: headgate.Client) -> str:
-    assert client.http_address
-    return client.http_address
-
-
-def serve(client: headgate.Client, code: Any, *init_args: Any, **config: Any) -> Any:
-    """A sync handle of the endpoint "it", also at /it."""
-    client.create_backend("it", code, *init_args, config=config)
-    client.create_endpoint("it", backend="it", route="/it")
-    return client.get_handle("it")
+START = {"http_options": {"port": 0}}
 
 
 class Crowd:
@@ -148,37 +134,6 @@ def test_full_replicas_are_skipped_and_idle_ones_take_turns(client: headgate.Cli
 
 
 # --- the queue ---
-
-
-class Blocking:
-    """Plain; notes the id of each request that starts, and returns once the file is there."""
-
-    def __init__(self, log: Path, release: Path) -> None:
-        self.log, self.release = log, release
-
-    def __call__(self, request: Any) -> str:
-        with self.log.open("a") as file:
-            file.write(request.query_params["id"] + "\n")
-        while not self.release.exists():
-            time.sleep(0.005)
-        return "done"
-
-
-class Block:
-    """A backend that is held up until `release`."""
-
-    def __init__(self, client: headgate.Client, folder: Path, **config: Any) -> None:
-        self._log, self._release = folder / "log", folder / "release"
-        self._log.touch()
-        config = {"max_concurrent_queries": 1, **config}
-        self.handle = serve(client, Blocking, self._log, self._release, **config)
-
-    def release(self) -> None:
-        self._release.touch()
-
-    @property
-    def started(self) -> list[str]:
-        return self._log.read_text().split()
 
 
 @pytest.fixture

@@ -43,24 +43,21 @@ def test_a_place_too_long_for_unix_sockets_is_passed_over(
     assert directory.base() == f"{short_dir}/headgate-{os.geteuid()}"
 
 
-def test_a_base_that_others_may_enter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/tmp/hg-open")
-    os.makedirs("/tmp/hg-open/headgate", exist_ok=True)
-    os.chmod("/tmp/hg-open/headgate", 0o755)
-    try:
-        with pytest.raises(InstanceError, match="/tmp/hg-open/headgate is not a private directory"):
-            directory.base()
-        os.rmdir("/tmp/hg-open/headgate")
-        os.symlink("/tmp", "/tmp/hg-open/headgate")
-        with pytest.raises(InstanceError, match="not a private directory"):
-            directory.base()
-        os.unlink("/tmp/hg-open/headgate")
-        Path("/tmp/hg-open/headgate").touch()
-        with pytest.raises(InstanceError, match="cannot make the run directory"):
-            directory.base()
-    finally:
-        os.unlink("/tmp/hg-open/headgate")
-        os.rmdir("/tmp/hg-open")
+def test_a_base_that_others_may_enter_is_refused(monkeypatch: pytest.MonkeyPatch, short_dir: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_dir))
+    base = short_dir / "headgate"
+    base.mkdir()
+    base.chmod(0o755)
+    with pytest.raises(InstanceError, match=f"{base} is not a private directory"):
+        directory.base()
+    base.rmdir()
+    base.symlink_to("/tmp")
+    with pytest.raises(InstanceError, match="not a private directory"):
+        directory.base()
+    base.unlink()
+    base.touch()
+    with pytest.raises(InstanceError, match="cannot make the run directory"):
+        directory.base()
 
 
 @pytest.mark.parametrize("namespace", ["default", "a.b-C_9", "", "ü", "../x", "x" * 200, "a/b", "\udcff"])

@@ -28,9 +28,13 @@ def instance() -> Iterator[Instance]:
         tiny.close()
 
 
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def gone(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return state(pid) == "Z"
     except OSError:
         return True
 
@@ -255,23 +259,27 @@ def test_what_a_replica_finds_around_it(instance: Instance) -> None:
 
 
 def test_a_controller_that_stays_stopped_is_replaced_and_one_that_goes_on_is_not() -> None:
-    tiny = Instance(main="tiny:supervise_impatiently")
-    try:
-        tiny.meet_controller()
-        kept = tiny.fork().pid
-        first = controller_of(tiny)
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            os.kill(first, number)
-            time.sleep(0.1)
-        time.sleep(0.6)
-        assert not gone(first)
-        os.kill(first, signal.SIGSTOP)
-        assert eventually(lambda: gone_entirely(first))
-        tiny.meet_controller()
-        assert controller_of(tiny) != first
-        assert [child.pid for child in tiny.children().values()] == [kept]
-    finally:
-        tiny.close()
+    """Two instances: when the one's controller is killed, the other's, stopped before it, has had as long."""
+    with contextlib.ExitStack() as stack:
+        goes_on, stays = (Instance(main="tiny:supervise_impatiently") for _ in range(2))
+        for tiny in (goes_on, stays):
+            stack.callback(tiny.close)
+            tiny.meet_controller()
+        kept = stays.fork().pid
+        spared, stopped = controller_of(goes_on), controller_of(stays)
+
+        os.kill(spared, signal.SIGSTOP)
+        assert eventually(lambda: state(spared) == "T")
+        goes_on.children()  # its supervisor has seen that by now
+        os.kill(spared, signal.SIGCONT)
+        assert eventually(lambda: state(spared) != "T")
+        os.kill(stopped, signal.SIGSTOP)
+        assert eventually(lambda: gone_entirely(stopped))
+        assert stays.meet_controller()[1] != stopped
+        assert [child.pid for child in stays.children().values()] == [kept]
+        for _ in range(2):  # whole turns of the other supervisor: by now it would have killed
+            assert goes_on.children() == {}
+        assert not gone(spared)
 
 
 def test_a_stopped_controller_holds_up_nobody(instance: Instance) -> None:

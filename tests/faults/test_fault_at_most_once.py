@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_load import Asked, Connection, Load, get, get_many, in_thread, load
+from held_up import Block
+from http_load import Answer, Asked, Connection, Load, get, get_many, in_thread, load
 from promises import Promise
 from running import cancel, eventually, key_of, pid_of
 from under_load import address_of, proxy_pid, replica_pids, serve, starts
@@ -185,7 +186,7 @@ def test_under_all_faults_nothing_runs_twice_and_everything_is_answered(
     chaos = Chaos(client, promise, log)
 
     async def main(callers: Callers) -> Load:
-        async with load(address_of(client), "/it", 150) as running:
+        async with load(address_of(client), "/it", 150, proxy_dies=True) as running:
             await chaos.run(lambda: running.sent + len(callers.outcomes) >= wanted)
         return running
 
@@ -269,18 +270,22 @@ def test_a_stream_whose_replica_dies_breaks_and_is_not_run_again(
 # --- deadlines ---
 
 
-class Blocking:
-    """Plain; notes the id of each request that starts, and returns once the file is there."""
+def held_up(client: headgate.Client, folder: Path, where: str, count: int, **config: Any) -> Block:
+    """So many requests and the one before them wait in the router's line; or were sent, and wait in the replica."""
+    limit = 1 if where == "router" else count + 10
+    return Block(client, folder, max_concurrent_queries=limit, **config)
 
-    def __init__(self, log: Path, release: Path) -> None:
-        self.log, self.release = log, release
 
-    def __call__(self, request: Any) -> str:
-        with self.log.open("a") as file:
-            file.write(request.query_params["id"] + "\n")
-        while not self.release.exists():
-            time.sleep(0.005)
-        return "done"
+async def first_of(client: headgate.Client, block: Block) -> asyncio.Task[Answer]:
+    """A request that has started, behind which the others wait."""
+    first = asyncio.create_task(get(address_of(client), "/it?id=first"))
+    await asyncio.to_thread(eventually, lambda: block.started)
+    return first
+
+
+def check_only_the_first_started(block: Block) -> None:
+    assert block.handle.call(id="after") == "done"
+    assert block.started == ["first", "after"]
 
 
 @pytest.mark.promise("deadlines: what expired while it waited never runs")
@@ -288,29 +293,23 @@ class Blocking:
 def test_what_waits_beyond_its_deadline_is_answered_504_and_never_starts(
     client: headgate.Client, tmp_path: Path, promise: Promise, where: str
 ) -> None:
-    """In the router's line, or sent already and waiting behind another in the replica."""
-    log, release = tmp_path / "log", tmp_path / "release"
-    log.touch()
     count = promise.size(full=100, small=20)
-    limit = 1 if where == "router" else count + 10
-    handle = serve(client, Blocking, log, release, request_timeout_s=1.0, max_concurrent_queries=limit)
+    block = held_up(client, tmp_path, where, count, request_timeout_s=1.0)
 
     async def main() -> None:
-        first = asyncio.create_task(get(address_of(client), "/it?id=first"))
-        await asyncio.to_thread(eventually, lambda: log.read_text())
+        first = await first_of(client, block)
         waiting = asyncio.create_task(get_many(address_of(client), ["/it?id=late"] * count))
         await asyncio.sleep(0.3)  # all of them are sent
         sent = time.monotonic()
         with pytest.raises(headgate.RequestTimeout):
-            await asyncio.to_thread(handle.options(timeout_s=0.5).call, id="late")
+            await asyncio.to_thread(block.handle.options(timeout_s=0.5).call, id="late")
         assert {answer.status for answer in await waiting} == {504}
         promise.within(max(0.0, time.monotonic() - sent - 1.0), 0.2, "the last 504 after the deadline")
         assert (await first).status == 504
-        release.touch()
+        block.release()
 
     asyncio.run(main())
-    assert handle.call(id="after") == "done"
-    assert log.read_text().split() == ["first", "after"]
+    check_only_the_first_started(block)
     promise.none_of(count + 1, "started")
 
 
@@ -319,29 +318,24 @@ def test_what_waits_beyond_its_deadline_is_answered_504_and_never_starts(
 def test_what_was_left_by_its_client_while_it_waited_never_starts(
     client: headgate.Client, tmp_path: Path, promise: Promise, where: str
 ) -> None:
-    log, release = tmp_path / "log", tmp_path / "release"
-    log.touch()
     count = promise.size(full=100, small=20)
-    limit = 1 if where == "router" else count + 10
-    handle = serve(client, Blocking, log, release, max_concurrent_queries=limit)
+    block = held_up(client, tmp_path, where, count)
 
     async def main() -> None:
-        first = asyncio.create_task(get(address_of(client), "/it?id=first"))
-        await asyncio.to_thread(eventually, lambda: log.read_text())
+        first = await first_of(client, block)
         connections = await asyncio.gather(*(Connection(address_of(client)).open() for _ in range(count)))
         for connection in connections:
             await connection.send("/it?id=left")
-        ref = handle.remote(id="left") if where == "replica" else None
+        ref = block.handle.remote(id="left") if where == "replica" else None
         await asyncio.sleep(0.3)
         for connection in connections:
             connection.reset()
         if ref is not None:
             cancel(ref)
         await asyncio.sleep(0.2)
-        release.touch()
+        block.release()
         assert (await first).status == 200
 
     asyncio.run(main())
-    assert handle.call(id="after") == "done"
-    assert log.read_text().split() == ["first", "after"]
+    check_only_the_first_started(block)
     promise.none_of(count, "started")

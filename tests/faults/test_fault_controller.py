@@ -12,7 +12,9 @@ import itertools
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from http_load import Load, get, in_thread
@@ -37,6 +39,15 @@ def kill_controller(client: headgate.Client) -> int:
     return pid
 
 
+def undisturbed(client: headgate.Client, promise: Promise, change: Callable[[Load], Any]) -> None:
+    """While `await change(load)` runs no request fails, and the replicas stay the same processes."""
+    before = sorted(replica_pids(client))
+    running = under_load(client, change)
+    assert described(running.failed) == []
+    promise.none_of(running.sent, "requests failed")
+    assert sorted(replica_pids(client)) == before
+
+
 @pytest.mark.promise("controller kill -9: 0 failed requests, back in 0.5 s, the same replica pids")
 def test_a_killed_controller_fails_no_request_and_keeps_all_replicas(
     client: headgate.Client, tmp_path: Path, promise: Promise
@@ -56,11 +67,8 @@ def test_a_killed_controller_fails_no_request_and_keeps_all_replicas(
             back_s = max(back_s, time.monotonic() - begun)
             assert await in_thread(handle.call) == "done"
 
-    running = under_load(client, kill_some)
-    assert described(running.failed) == []
-    promise.none_of(running.sent, "requests failed")
+    undisturbed(client, promise, kill_some)
     promise.within(back_s, 0.5 if is_local else 10.0, "back")
-    assert sorted(replica_pids(client)) == before
     client.update_backend_config("it", {"num_replicas": 1})
     assert len(replica_pids(client)) == 1
 
@@ -83,7 +91,6 @@ def test_a_controller_in_a_crash_loop_backs_off_and_ends_up_fine(
     client: headgate.Client, tmp_path: Path, promise: Promise
 ) -> None:
     serve(client, worker(tmp_path / "log"), num_replicas=2, max_concurrent_queries=100)
-    before = sorted(replica_pids(client))
     times = promise.size(10, 8)
     grown_controller(key_of(client))
     deaths: dict[int, float] = {}  # by pid
@@ -109,13 +116,10 @@ def test_a_controller_in_a_crash_loop_backs_off_and_ends_up_fine(
         await in_thread(client.list_endpoints)
         promise.within(time.monotonic() - begun, 5.5, "back after the last")
 
-    running = under_load(client, kill_all)
+    undisturbed(client, promise, kill_all)
     pauses = [after - before for before, after in itertools.pairwise(deaths.values())]
     assert max(pauses) > 0.05 * 2 ** (times - 5)  # the first three are replaced at once
     promise.says(f"{times} in {sum(pauses):.1f} s")
-    assert described(running.failed) == []
-    promise.none_of(running.sent, "requests failed")
-    assert sorted(replica_pids(client)) == before
     client.update_backend_config("it", {"num_replicas": 1})
 
 
@@ -170,7 +174,7 @@ def test_a_proxy_that_died_meanwhile_is_replaced(client: headgate.Client, tmp_pa
 @pytest.mark.promise("replicas that no goal knows are stopped, the others stay")
 def test_unknown_replicas_are_stopped(client: headgate.Client, tmp_path: Path, promise: Promise) -> None:
     serve(client, worker(tmp_path / "log"), num_replicas=2, max_concurrent_queries=100)
-    before, slowest_s = sorted(replica_pids(client)), 0.0
+    slowest_s = 0.0
 
     async def forget(running: Load) -> None:
         nonlocal slowest_s
@@ -188,11 +192,8 @@ def test_unknown_replicas_are_stopped(client: headgate.Client, tmp_path: Path, p
         slowest_s = max(slowest_s, time.monotonic() - begun)
 
     for _ in range(promise.size(5, 1)):
-        running = under_load(client, forget)
-        assert described(running.failed) == []
-        promise.none_of(running.sent, "requests failed")
+        undisturbed(client, promise, forget)
     promise.within(slowest_s, 1.5, "stopped")
-    assert sorted(replica_pids(client)) == before
 
 
 @LOCAL
@@ -201,7 +202,6 @@ def test_a_frozen_controller_is_an_error_and_then_replaced(
     client: headgate.Client, tmp_path: Path, promise: Promise
 ) -> None:
     serve(client, worker(tmp_path / "log"), num_replicas=2, max_concurrent_queries=100)
-    before = sorted(replica_pids(client))
     frozen = pid_of(key_of(client), "headgate-ctl")
 
     async def freeze(running: Load) -> None:
@@ -220,10 +220,7 @@ def test_a_frozen_controller_is_an_error_and_then_replaced(
         assert await in_thread(client.list_endpoints)
         promise.within(time.monotonic() - begun, 11.0, "replaced")
 
-    running = under_load(client, freeze)
-    assert described(running.failed) == []
-    promise.none_of(running.sent, "requests failed")
-    assert sorted(replica_pids(client)) == before
+    undisturbed(client, promise, freeze)
 
 
 @LOCAL

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_load import Load, in_thread
-from operations import PASSES
+from http_load import Load, get, in_thread
+from operations import PASSES, RESTART
 from promises import Promise
 from running import grown_controller, instance_pids, key_of, one_instance, pid_of
-from under_load import described, under_load
+from under_load import address_of, described, under_load
 
 import headgate
 from headgate.controller import failpoints, store
@@ -30,6 +31,9 @@ pytestmark = [
     pytest.mark.local("the controller's environment is that of `start`"),
     pytest.mark.timeout(600),
 ]
+
+#: What happens -> at which steps of it the controller is killed. In a restart it is the one that takes over.
+STEPS = {**PASSES, "a restart": RESTART}
 
 #: All that a change may take while the controller is killed in it; then the test fails rather than hang.
 LONG_S = 20.0
@@ -116,6 +120,8 @@ class Operation:
                 return lambda: client.set_traffic("it", {"it": 0.5, "other": 0.5})
             case "shadow_traffic":
                 return lambda: client.shadow_traffic("it", "other", 0.5)
+            case "a restart":
+                return self._restart
         raise AssertionError(name)
 
     def undo(self, name: str) -> None:
@@ -152,9 +158,13 @@ class Operation:
     def _create(self, tag: str) -> None:
         self._client.create_backend(tag, noted(self._log, tag), config={"num_replicas": 2})
 
+    def _restart(self) -> None:
+        os.kill(pid_of(key_of(self._client), "headgate-ctl"), signal.SIGKILL)
+        self._client.list_endpoints()  # answered by whoever is there in the end
+
 
 def disagreement(client: headgate.Client) -> str:
-    """In what goals, status, processes and snapshot differ; "" if all say the same."""
+    """In what goals, status, processes, the driver's snapshot and the proxy differ; "" if all say the same."""
     status, key = client.status(), key_of(client)
     goals = store.unpack(Path(key, store.NEWEST).read_bytes())
     ready = {
@@ -163,14 +173,16 @@ def disagreement(client: headgate.Client) -> str:
     }
     snapshot = client._instance.snapshot
     children = {one.pid for one in status.replicas} | {one.pid for one in status.proxies}
-    children |= {pid_of(key, title) for title in ("headgate-ctl", "headgate-super")}
+    pids = set(instance_pids(key))
     for what, found, wanted in (
         ("waiting", status.waiting, ()),
         ("ready", {tag: len(ids) for tag, ids in ready.items()}, _counts(goals)),
         ("replicas", sorted(one.id for one in status.replicas), sorted(id for ids in ready.values() for id in ids)),
-        ("processes", set(instance_pids(key)), children),
+        ("their processes", pids & children, children),
+        ("other processes", _titles(pids - children), ["headgate-ctl", "headgate-super"]),
         ("snapshot", {view.tag: sorted(one.id for one in view.replicas) for view in snapshot.backends}, ready),
         ("endpoints", snapshot.endpoints, tuple(goal.endpoint for goal in goals.endpoints)),
+        ("the proxy's routes", asyncio.run(get(address_of(client), "/-/routes")).json(), _routes(goals)),
     ):
         if found != wanted:
             return f"{what}: {found}, not {wanted}"
@@ -179,6 +191,23 @@ def disagreement(client: headgate.Client) -> str:
 
 def _counts(goals: Goals) -> dict[str, int]:
     return {goal.tag: goal.settings.num_replicas for goal in goals.backends}
+
+
+def _titles(pids: set[int]) -> list[str]:
+    """Sorted; "" of one that has just ended."""
+    found = []
+    for pid in pids:
+        try:
+            found.append(Path("/proc", str(pid), "comm").read_text().strip())
+        except OSError:
+            found.append("")
+    return sorted(found)
+
+
+def _routes(goals: Goals) -> dict[str, list[Any]]:
+    """As /-/routes shows them."""
+    endpoints = [goal.endpoint for goal in goals.endpoints]
+    return {one.route or one.name: [one.name, list(one.methods)] for one in endpoints}
 
 
 def agree(client: headgate.Client) -> float:
@@ -240,15 +269,19 @@ class Killing:
             assert min(id for id in before if id.startswith("it#")) in after, point
 
 
+def test_there_is_no_step_at_which_it_is_not_killed() -> None:
+    assert set().union(*STEPS.values()) == set(failpoints.POINTS)
+
+
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.promise(f"controller kill -9 at each step of {name}")) for name in PASSES],
+    [pytest.param(name, marks=pytest.mark.promise(f"controller kill -9 at each step of {name}")) for name in STEPS],
 )
 def test_a_controller_killed_in_the_middle(
     name: str, client: headgate.Client, armed: Path, tmp_path: Path, promise: Promise
 ) -> None:
     log = tmp_path / "constructed"
-    points = sorted(PASSES[name])
+    points = sorted(STEPS[name])
     chosen = promise.random.sample(points, promise.size(len(points), 1))
     killing = Killing(client, armed, log, name)
     killing.operation.prepare()

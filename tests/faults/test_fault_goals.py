@@ -305,7 +305,13 @@ def test_power_lost_between_any_two_system_calls(
     promise.none_of(tried, "states of the disk lost both generations")
 
 
-GOALS_POINTS = [point for point in failpoints.POINTS if point.startswith("goals.") and point < "goals.stored"]
+#: The steps at which a change can still be refused; after them it is stored.
+GOALS_POINTS = ["goals.before_write", "goals.synced", "goals.linked", "goals.kept", "goals.renamed"]
+
+
+def test_every_step_of_a_change_of_the_goals_is_before_or_after_it_is_stored() -> None:
+    steps = {point for point in failpoints.POINTS if point.startswith("goals.")}
+    assert steps == {*GOALS_POINTS, "goals.stored", "goals.taken"}
 
 
 @pytest.mark.parametrize("point", [*GOALS_POINTS, "file.written"])

@@ -26,6 +26,7 @@ def check_losses(loads: tuple[Load, ...], ends: list[float]) -> int:
     count = 0
     for running in loads:
         assert running.unconnected == []
+        assert all(any(one.connection.used <= end <= one.seen for end in ends) for one in running.closed)
         for one in running.asked:
             assert one.answer.status in (0, 200), one.answer.text
             if one.is_lost:
@@ -67,7 +68,7 @@ def test_a_killed_proxy_refuses_nobody_and_is_replaced_at_once(
             await asyncio.sleep(0.1)  # nobody asks the controller meanwhile
             await other_proxy(client, old)
 
-    loads = under_both_loads(client, kill_some, fresh_per_s=300)
+    loads = under_both_loads(client, kill_some, fresh_per_s=300, proxy_dies=True)
     lost = check_losses(loads, kills)
     sent = sum(running.sent for running in loads)
     assert max(starts(tmp_path / "log").values()) == 1
@@ -166,7 +167,7 @@ def test_a_stopped_proxy_is_replaced_and_those_who_connect_are_answered(
             os.close(pidfd)
             assert is_alive(new)
 
-    loads = under_both_loads(client, stop_some, fresh_per_s=100)
+    loads = under_both_loads(client, stop_some, fresh_per_s=100, proxy_dies=True)
     lost = check_losses(loads, stops)
     assert max(starts(tmp_path / "log").values()) == 1
     promise.none_of(sum(running.connects for running in loads), "connects refused")

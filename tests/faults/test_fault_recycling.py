@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_load import Load, in_thread
-from promises import Promise
+from promises import SLACK, Promise
 from running import eventually
 from under_load import described, replica_pids, serve, starts, under_load
 
@@ -44,6 +45,15 @@ def served_by(running: Load) -> dict[str, int]:
     return found
 
 
+def start_s(client: headgate.Client) -> float:
+    """How long another backend's replica takes to be ready, under this load."""
+    began = time.monotonic()
+    client.create_backend("other", print)
+    took = time.monotonic() - began
+    client.delete_backend("other")
+    return took
+
+
 def check_nothing_lost(client: headgate.Client, running: Load, log: Path, promise: Promise) -> None:
     assert described(running.failed) == []
     assert max(starts(log).values()) == 1
@@ -63,20 +73,28 @@ def test_a_replica_that_has_served_its_requests_is_replaced(
     first = set(replica_pids(client))
     rounds = promise.size(full=40, small=4)
     ready: list[int] = []
+    starts_s: list[float] = []
 
     async def wait(running: Load) -> None:
         while (await in_thread(client.status)).backends[0].recycled < rounds:
             ready.append(len(await in_thread(replica_pids, client)))
             await asyncio.sleep(0.02)
+        for _ in range(rounds):
+            starts_s.append(await in_thread(start_s, client))
 
     running = under_load(client, wait)
     check_nothing_lost(client, running, log, promise)
     assert min(ready) >= 2, "fewer replicas than wanted"
     assert max(ready) <= 3, "more than one was replaced at a time"
     eventually(lambda: not first & set(replica_pids(client)))
-    most = max(served_by(running).values())
-    assert most >= 60
-    promise.says(f"a replica served {most} at most, of max_requests = 60")
+    served = served_by(running)
+    assert max(served.values()) >= 60
+    ordinary, slack = statistics.median(starts_s), 1.0 if promise.full else SLACK
+    # It says so at 60 to 65, and serves on while a new one starts, perhaps two in turn, and the routers hear of it.
+    most = 65 + 200 * (2 * ordinary + 0.2) * slack
+    promise.says(f"a replica served {max(served.values())} at most, of max_requests = 60 (promised {most:.0f})")
+    promise.says(f"R = {ordinary:.2f} s, the median of {rounds} ordinary starts")
+    assert max(served.values()) <= most, sorted(served.values())
     assert "has served" in client.status().backends[0].last_recycled
 
 

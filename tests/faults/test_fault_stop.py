@@ -73,7 +73,7 @@ class Stopping:
 
     async def under_load(self, number: signal.Signals) -> None:
         async with (
-            load(self.address, "/it", 200) as kept,
+            load(self.address, "/it", 200, proxy_dies=True) as kept,
             load(self.address, "/it", 200, True, "f") as fresh,
             load(self.address, "/stream", 20, True, "s") as streams,
         ):
@@ -83,6 +83,7 @@ class Stopping:
             slow = [asyncio.create_task(get(self.address, f"/it?s={SLOW_S}")) for _ in range(5)]
             slow.append(asyncio.create_task(self._slow_upload()))
             await asyncio.sleep(0.2)
+            assert not any(running.unconnected for running in self.loads)
             self.told = time.monotonic()
             self.program.send(number)
             await until_unwell(health)
@@ -139,6 +140,7 @@ class Stopping:
         unwell = self.told + self.unwell_after_s
         for running in self.loads:
             assert set(running.unconnected) <= {"ConnectionRefusedError"}
+            assert all(one.seen >= self.told for one in running.closed)
             for one in running.asked:
                 assert one.answer.status == 200, one.answer
                 assert one.sent < unwell or one.answer.headers["connection"] == "close"

@@ -1,4 +1,7 @@
-"""A supervisor that is killed: the instance is over, whoever waits hears it at once, and nothing is left."""
+"""A supervisor that is killed: the instance is over, whoever waits hears it at once, and nothing is left.
+
+And what a living one ends: what user code forked and never executed.
+"""
 
 from __future__ import annotations
 
@@ -178,6 +181,55 @@ def test_a_detached_instance_whose_supervisor_was_killed(promise: Promise, scrip
         client.shutdown()
         assert not os.path.exists(key)
     promise.none_of(size, "detached instances stood in the way of the next")
+
+
+class Forks:
+    """User code with two daemons that were never executed: a fork of its own, and a fork's fork."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        for again in (False, True):
+            if os.fork() == 0:
+                os.setsid()
+                if again and os.fork():
+                    os._exit(0)
+                os.write(writer, os.getpid().to_bytes(4, "little"))
+                os.closerange(0, 4096)
+                while True:
+                    time.sleep(60)
+        self.daemons = [int.from_bytes(os.read(reader, 4), "little") for _ in range(2)]
+
+    def __call__(self, request: Any) -> list[int]:
+        return [os.getpid(), *self.daemons]
+
+
+@pytest.mark.promise("a replica that ends takes along what user code forked into sessions of its own")
+def test_a_replica_takes_its_forks_along(promise: Promise) -> None:
+    size = promise.size(10, 2)
+    slowest = 0.0
+    with headgate.start(http_options={"location": None}) as client:
+        client.create_backend("other", Forks)
+        client.create_endpoint("other", backend="other")
+        others = client.get_handle("other").call()
+        for number in range(size):
+            client.create_backend("it", Forks)
+            client.create_endpoint("it", backend="it")
+            replica, *daemons = client.get_handle("it").call()
+            assert all(map(is_alive, daemons))
+            client.delete_endpoint("it")
+            begun = time.monotonic()
+            if number % 2:
+                os.kill(replica, signal.SIGKILL)
+            else:
+                client.delete_backend("it")
+            eventually(lambda: not any(map(is_alive, daemons)), 5.0)  # noqa: B023
+            slowest = max(slowest, time.monotonic() - begun)
+            if number % 2:
+                client.delete_backend("it")
+            assert all(map(is_alive, others))  # a replica that lives, and its daemons
+    assert not any(map(is_alive, others))
+    promise.within(slowest, 1.0, "with their replica its forks were gone in")
+    promise.none_of(size * 2, "forks outlived their replica")
 
 
 def test_a_supervisor_that_is_asked_to_end_does_so_in_order(run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 
 import pytest
 from fakes import DATE, Wire, get, post
@@ -560,28 +561,37 @@ def test_a_request_that_comes_while_the_server_leaves_is_its_connection_s_last(w
     assert wire.transport.closing
 
 
-def test_a_connection_with_bytes_that_were_not_read_yet_is_not_idle(wire: Wire) -> None:
+@pytest.fixture
+def sockets(wire: Wire) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The client's end and the server's, which is what the fake transport has below it."""
     client, server = socket.socketpair()
     with client, server:
         wire.transport.socket = server
-        wire.server.leave()
-        client.send(get())
-        wire.server.close_idle()
-        wire.server.sweep(100.0, DATE)
-        assert not wire.transport.closing
-        wire.receive(server.recv(1000))
-        wire.reply()
-        assert b"connection: close\r\n" in wire.output
-        assert wire.transport.closing
+        yield client, server
 
 
-def test_the_client_of_an_idle_connection_hears_at_once_that_it_is_closed(wire: Wire) -> None:
-    client, server = socket.socketpair()
-    with client, server:
-        wire.transport.socket = server
-        wire.server.leave()
-        wire.server.close_idle()
-        assert client.recv(1) == b""
+def test_a_connection_with_bytes_that_were_not_read_yet_is_not_idle(
+    wire: Wire, sockets: tuple[socket.socket, socket.socket]
+) -> None:
+    client, server = sockets
+    wire.server.leave()
+    client.send(get())
+    wire.server.close_idle()
+    wire.server.sweep(100.0, DATE)
+    assert not wire.transport.closing
+    wire.receive(server.recv(1000))
+    wire.reply()
+    assert b"connection: close\r\n" in wire.output
+    assert wire.transport.closing
+
+
+def test_the_client_of_an_idle_connection_hears_at_once_that_it_is_closed(
+    wire: Wire, sockets: tuple[socket.socket, socket.socket]
+) -> None:
+    client, _ = sockets
+    wire.server.leave()
+    wire.server.close_idle()
+    assert client.recv(1) == b""
 
 
 # --- who asks ---

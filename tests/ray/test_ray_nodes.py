@@ -7,6 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import httpx
@@ -469,6 +470,27 @@ def test_a_detached_instance_belongs_to_no_driver(cluster: RayCluster, script: C
         client.status()
     with pytest.raises(headgate.InstanceError, match="'mine'"):
         headgate.connect("mine")
+
+
+def test_of_two_detached_starts_at_once_one_is_told_to_connect(cluster: RayCluster) -> None:
+    together = threading.Barrier(2)
+
+    def begin() -> headgate.Client:
+        together.wait(10)
+        return headgate.start(detached=True, namespace="race", http_options={"location": None})
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(begin) for _ in range(2)]
+        problems = [error for each in asked if (error := each.exception(60)) is not None]
+    (client,) = [each.result() for each in asked if each.exception() is None]
+    try:
+        (problem,) = problems
+        assert isinstance(problem, headgate.InstanceError)
+        assert "use headgate.connect('race')" in str(problem)
+        assert headgate.connect("race").list_backends() == {}
+    finally:
+        client.shutdown()
+    assert is_gone(key_of(client))
 
 
 def test_a_backend_connects_to_its_own_instance(stage: Stage) -> None:

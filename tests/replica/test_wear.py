@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 import virtual_time
@@ -28,9 +29,33 @@ class FakeWorker:
                 self.wear.look()
 
 
-def wear(worker: FakeWorker, told: list[str], *, spread: float = 0.0, rss: list[int] | None = None) -> Wear:
+class NoLoop:
+    """A loop whose first turn never comes."""
+
+    def call_soon_threadsafe(self, function: Callable[[], object]) -> None: ...
+
+
+def made(worker: FakeWorker, told: list[str], *, spread: float = 0.0, rss: list[int] | None = None) -> Wear:
     memory = [0] if rss is None else rss
     return Wear(worker, told.append, spread=spread, rss=lambda: memory[-1])  # type: ignore[arg-type]
+
+
+def wear(worker: FakeWorker, told: list[str], *, spread: float = 0.0, rss: list[int] | None = None) -> Wear:
+    """One that was started, and looks at memory when it is told to."""
+    found = made(worker, told, spread=spread, rss=rss)
+    found.start(NoLoop())  # type: ignore[arg-type]
+    return found
+
+
+def test_before_it_starts_it_does_nothing() -> None:
+    worker, told, memory = FakeWorker(Settings(max_requests=1, max_rss_bytes=1000)), list[str](), list[int]()
+    worker.served = 7
+    found = made(worker, told, rss=memory)  # there is no memory yet to look at
+    assert (worker.wear, worker.last_request, told) == (None, 0, [])
+    memory.append(500)
+    found.start(NoLoop())  # type: ignore[arg-type]
+    assert (worker.wear, worker.last_request) == (found, 1)
+    assert told == ["it has served 7 requests (max_requests = 1)"]
 
 
 def test_it_is_told_with_the_last_request_and_once() -> None:
@@ -61,7 +86,7 @@ def test_a_new_limit_that_was_passed_already_is_told_at_once() -> None:
 def test_memory_is_looked_at_from_time_to_time() -> None:
     async def main() -> None:
         worker, told, memory = FakeWorker(Settings(max_rss_bytes=1000)), list[str](), [900]
-        wear(worker, told, rss=memory).start(asyncio.get_running_loop())
+        made(worker, told, rss=memory).start(asyncio.get_running_loop())
         await asyncio.sleep(10 * PERIOD_S)
         assert told == []
         memory.append(1001)

@@ -21,6 +21,7 @@ from urllib.parse import quote_from_bytes
 import httpx
 import pickles
 import pytest
+from plain_sockets import connect, read_to_end
 from promises import Promise
 from running import instance_pids, key_of, one_instance, pid_of
 
@@ -177,20 +178,9 @@ def test_a_pickle_in_place_of_a_request_is_none(stage: Stage) -> None:
 
 
 def over_tcp(stage: Stage, data: bytes) -> bytes:
-    url = httpx.URL(stage.address)
-    with socket.create_connection((url.host, url.port or 80), timeout=20) as sock:
+    with connect(stage.client) as sock:
         sock.sendall(data)
-        return answered(sock)
-
-
-def answered(sock: socket.socket) -> bytes:
-    received = b""
-    try:
-        while piece := sock.recv(65536):
-            received += piece
-    except ConnectionResetError:
-        pass
-    return received
+        return read_to_end(sock)
 
 
 def test_a_stranger_on_the_sockets_of_the_instance_is_not_listened_to(stage: Stage) -> None:
@@ -212,7 +202,7 @@ def test_a_stranger_on_the_sockets_of_the_instance_is_not_listened_to(stage: Sta
                     sock.shutdown(socket.SHUT_WR)
                 except OSError:  # it was quicker to refuse
                     pass
-                assert len(answered(sock)) in (0, ANSWER_BYTES), "no more than the answer to a greeting"
+                assert len(read_to_end(sock)) in (0, ANSWER_BYTES), "no more than the answer to a greeting"
 
 
 CARELESS = """

@@ -17,6 +17,7 @@ from typing import Any
 import needs
 import pytest
 from http_load import Connection
+from plain_sockets import connect, read_to_end
 from promises import SLACK, Promise
 from running import one_instance
 from under_load import address_of, proxy_pid
@@ -176,19 +177,9 @@ def test_slow_clients_are_cut_off_and_others_do_not_notice(
     assert grown < connections * 400 * 1024 + 8 * MIB
 
 
-def connect(client: headgate.Client) -> socket.socket:
-    host, _, port = address_of(client).removeprefix("http://").rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=20)
-
-
 def status_of(sock: socket.socket) -> int:
-    """What is answered before the connection ends, be it by a reset; 0 if nothing."""
-    data = b""
-    try:
-        while piece := sock.recv(65536):
-            data += piece
-    except ConnectionError:
-        pass
+    """What is answered before the connection ends; 0 if nothing."""
+    data = read_to_end(sock)
     return int(data[9:12]) if data else 0
 
 

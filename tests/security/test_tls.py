@@ -28,7 +28,8 @@ from promises import Promise
 from running import eventually, is_alive, one_instance, output_in
 
 import headgate
-from headgate.proxy.tls import LOOK_S
+from headgate.proxy import tls
+from headgate.proxy.tls import LOOK_S, Kept, Pair
 
 pytestmark = pytest.mark.local("a proxy is the same process on both engines")
 
@@ -348,6 +349,59 @@ def test_a_broken_file_is_logged_and_the_old_certificate_stays(promise: Promise,
         assert served(site.address) == site.made[3].der
         proxies += 2
     promise.none_of(proxies, "proxies without a certificate after a kill")
+
+
+def cut_off(old: bytes, new: bytes) -> Iterator[bytes]:
+    """What a writer that is killed anywhere between `old` and `new` may leave of them."""
+    old = old.ljust(len(new), b"\0")
+    first = next(at for at in range(len(new)) if old[at] != new[at])
+    last = next(at for at in reversed(range(len(new))) if old[at] != new[at])
+    for cut in range(first, last + 2):
+        yield new[:cut] + old[cut:]
+
+
+def test_a_proxy_that_is_killed_while_it_keeps_a_pair_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "SLOT_BYTES", 256)
+    pairs = [Pair(bytes([number]) * (60, 20, 100, 40)[number % 4], b"key") for number in range(8)]
+    with open(os.memfd_create("test"), "r+b", buffering=0) as memory:
+        kept = Kept(memory.fileno())
+        before: Pair | None = None
+        cuts = 0
+        for pair, later in zip(pairs, [*pairs[1:], pairs[0]], strict=True):
+            old = memory.seek(0) or memory.read()
+            kept.write(pair)
+            new = memory.seek(0) or memory.read()
+            for left in cut_off(old, new):
+                memory.seek(0)
+                memory.write(left)
+                assert kept.read() == (pair if left == new else before)
+                kept.write(later)  # the next proxy's
+                assert kept.read() == later
+                cuts += 1
+            memory.seek(0)
+            memory.write(new)
+            assert kept.read() == pair
+            before = pair
+    assert cuts > 500
+
+
+def test_a_pair_that_cannot_be_kept_leaves_the_one_before() -> None:
+    good = Pair(b"good", b"key")
+    with open(os.memfd_create("test"), "r+b") as memory:
+        kept = Kept(memory.fileno())
+        kept.write(good)
+        with pytest.raises(ValueError, match=r"it has \d+ bytes, and 16777216 may be kept"):
+            kept.write(Pair(b"x" * tls.SLOT_BYTES))
+        assert kept.read() == good
+
+
+def test_of_what_is_no_slot_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "SLOT_BYTES", 256)
+    for content in (b"", b"x" * 31, b"x" * 47, b"x" * 600, b"\xff" * 600):
+        with open(os.memfd_create("test"), "r+b", buffering=0) as memory:
+            memory.write(content)
+            assert Kept(memory.fileno()).read() is None
+    assert Kept(-1).read() is None
 
 
 @pytest.mark.promise("TLS: key and certificate may be swapped at different moments")

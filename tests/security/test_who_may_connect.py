@@ -25,11 +25,13 @@ import leftovers
 import needs
 import pytest
 from hosts import ip
+from plain_sockets import read_to_end
 from promises import Promise
 from running import eventually, instance_pids, key_of, one_instance
 
 import headgate
 from headgate.core import framing
+from headgate.core.state import Snapshot
 from headgate.engine import directory
 from headgate.proxy import admin
 from headgate.wire.handshake import MAX_FDS, VERSION, dial
@@ -113,11 +115,7 @@ class Stranger:
 
     def end(self) -> bytes:
         """What still comes until the other side closes the connection."""
-        received = b""
-        with contextlib.suppress(ConnectionResetError):
-            while piece := self.sock.recv(65536):
-                received += piece
-        return received
+        return read_to_end(self.sock)
 
 
 def wrong_token(stranger: Stranger, token: bytes) -> None:
@@ -547,6 +545,6 @@ def test_an_instance_that_was_not_told_is_not_reached_from_outside(
 def test_all_pages_are_known_here() -> None:
     """A new page under /-/ gets an entry in PAGES, and is in OPEN only if it shows no more than counts."""
     assert admin.PREFIX == "/-/"
-    text = admin.page("/-/nothing", "GET", headgate.core.state.Snapshot(), False).body.decode()
+    text = admin.page("/-/nothing", "GET", Snapshot(), False).body.decode()
     for page in [word.strip(";,.'") for word in text.split() if word.startswith("/-/")]:
         assert page in PAGES

@@ -3,8 +3,11 @@
 at most once    user code begins a request once (twice if its backend is idempotent), and never one that was
                 given up while it waited or was answered as not started
 nothing lost    every request ends exactly once, with an outcome that something which happened allows, in time
-FIFO            nobody is sent before one who has waited longer in the same line, and what one link brings begins
-                in that order
+deadlines       a request whose deadline has passed is not sent, and does not begin
+retries         of the active requests of a backend in a router at most a fifth, and always three, are tried again at
+                one time, each at most twice
+FIFO            nobody is sent before one who has waited longer in the same line, or for a further try, and what one
+                link brings begins in that order
 limits          a replica never runs more than max_concurrent_queries, no batch is too large, no line too long
 rollouts        a snapshot never takes away a ready replica while there are fewer than wanted; a version takes over
                 whole; a replica drains only when no router may send to it
@@ -39,6 +42,11 @@ NEVER = float("inf")
 LATE_S = 0.11
 #: How long after its caller gave up a request may still begin: until the replica has been told.
 CANCELLED_S = 0.15
+#: What remains to a request travels in whole milliseconds, and at least as one.
+ROUNDED_S = 0.001001
+MOST_TRIES = 3
+RETRIES_ALWAYS = 3
+RETRIES_SHARE_PERCENT = 20
 
 
 class Change(Struct):
@@ -73,7 +81,7 @@ class Asked(Caller):
         self.big = big
         self.state = "new"  # waiting, sent, over
         self.outcome = ""
-        self.asked_at = self.ended_at = rules.network.world.time()
+        self.asked_at = self.sent_at = self.ended_at = rules.network.world.time()
         self.sent_to: list[tuple[str, Any]] = []  # replica, link
         self.number = 0  # among all that were sent
         self.serial = 0  # among all that were asked
@@ -82,6 +90,7 @@ class Asked(Caller):
         self.meta = _meta(id, endpoint)
         self.flags = framing.VALUE
         self.due = NEVER
+        self.not_started = False  # as its answer said
         self.copies = 0
         self.body = self._body(id, work_s, mode)
 
@@ -104,10 +113,10 @@ class Asked(Caller):
             self.state = "waiting"
 
     def on_reply(self, arg: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
-        self.rules.ended(self, "200", payload.decode(bytes(source[start + meta_len : end])))
+        self.rules.replied(self, payload.decode(bytes(source[start + meta_len : end])))
 
     def on_error(self, status: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
-        self.rules.ended(self, str(status & 0xFFFF))
+        self.rules.erred(self, status & 0xFFFF)
 
     def on_failure(self, error: HeadgateError) -> None:
         self.rules.failed(self, error)
@@ -132,6 +141,8 @@ class Rules:
         self.gently: set[str] = set()  # those that the controller ended in their drain's time
         self.patience: dict[str, float] = {}  # the shortest graceful_shutdown_timeout_s that a backend ever had
         self.finished: dict[str, float] = {}  # when user code had returned
+        self.raised: dict[str, bool] = {}  # whether user code raised, for what it was called with last
+        self.frozen_until: dict[str, float] = {}  # replicas; for ever, if they still are
         self.cut: set[Any] = set()
         self.excused: set[str] = set()  # replicas that may be ended at once: by force, frozen, broken
         self.answers: Counter[str] = Counter()
@@ -172,15 +183,32 @@ class Rules:
         one.number = self._sent
         one.line = one.line or line
         one.due = min(one.due, one.deadline)  # a backend that it was routed to later may allow it less time
+        one.sent_at = now = self.network.world.time()
+        if one.due <= now:
+            self.breaks("deadlines", f"request {one.id} is sent {now - one.due:.4f} s after its deadline")
+        if one.tries:
+            self._within_budget(one, line)
         for other in self.open[one.router]:
-            if other.state == "waiting" and other.backend is line and self._is_older(other, one):
+            if other.state == "waiting" and other.backend is line and other.due > now and self._is_older(other, one):
                 self.breaks("FIFO", f"request {one.id} was sent before {other.id}, which has waited longer")
+
+    def _within_budget(self, one: Asked, line: Any) -> None:
+        """It is tried again: others may be as well, but not too many."""
+        pending = [caller for link in line.links.values() for caller in link._pending.values()]
+        again = sum(caller.tries > 0 for caller in pending)
+        active = len(pending) + len(line.waiting) + len(line.retries.waiting)
+        if again > max(RETRIES_ALWAYS, active * RETRIES_SHARE_PERCENT // 100):
+            self.breaks("retries", f"with request {one.id} {again} of {active} active ones are tried again at one time")
+        if one.tries >= MOST_TRIES:
+            self.breaks("retries", f"request {one.id} is tried again after {one.tries} tries")
 
     def _is_older(self, other: Asked, one: Asked) -> bool:
         """Whether `other` is in the line that `one` came from, and was there first. What is tried again has its own."""
+        line: Any = one.backend
+        if one.tries and other.tries:
+            return other.order < one.order and other in line.retries.waiting
         if one.tries or other.tries:
             return False
-        line: Any = one.backend
         if other in line._early:
             return False
         if len(one.sent_to) == 1 and not other.sent_to and one.line is other.line is line:
@@ -188,7 +216,7 @@ class Rules:
         waits = other.order in line.waiting._queue or other in line.waiting._returned
         return waits and other.order < one.order
 
-    def ended(self, one: Asked, outcome: str, value: Any = None) -> None:
+    def ended(self, one: Asked, outcome: str) -> None:
         """The one final answer of a request."""
         if one.state == "over":
             self.breaks("nothing lost", f"request {one.id} ended twice: {one.outcome}, then {outcome}")
@@ -199,19 +227,24 @@ class Rules:
         self.answers[outcome] += 1
         if one.due < now - LATE_S and not one.router.was_frozen_since(one.due - LATE_S):
             self.breaks("nothing lost", f"request {one.id} was answered {now - one.due:.3f} s after its deadline")
-        if outcome == "200":
-            if value != one.id or not self.executed[one.id]:
-                self.breaks("nothing lost", f"request {one.id} got the answer {value!r}")
-        elif outcome == "500":
-            if one.mode != "raise" and not self._may_share_a_batch(one):
-                self.breaks("nothing lost", f"request {one.id} failed, though its code did not raise")
-        elif outcome in ("504", "499") and one.due <= now + LATE_S:
-            pass
-        elif outcome not in ("502", "503", "404"):
-            self.breaks("nothing lost", f"request {one.id} got the outcome {outcome}")
 
-    def _may_share_a_batch(self, one: Asked) -> bool:
-        return any(other.mode == "raise" for other in self.requests.values())
+    def replied(self, one: Asked, value: Any) -> None:
+        """The replica has answered."""
+        if value != one.id or not self.executed[one.id] or self.raised[one.id]:
+            self.breaks("nothing lost", f"request {one.id} got the answer {value!r}")
+        self.ended(one, "200")
+
+    def erred(self, one: Asked, status: int) -> None:
+        """The replica has answered with an error: the reason must be there, too."""
+        early_s = one.due - self.network.world.time()
+        if status == 500:
+            if not self.raised.get(one.id):
+                self.breaks("nothing lost", f"request {one.id} failed, though its code did not raise")
+        elif status != 504:  # 499 is for nobody's eyes, and all others are the router's
+            self.breaks("nothing lost", f"request {one.id} was answered {status} by its replica")
+        elif early_s > ROUNDED_S:
+            self.breaks("nothing lost", f"request {one.id} timed out {early_s:.3f} s before its deadline")
+        self.ended(one, str(status))
 
     def failed(self, one: Asked, error: HeadgateError) -> None:
         """The router has no answer: the reason must be there."""
@@ -224,7 +257,7 @@ class Rules:
             self.ended(one, "504")
         elif isinstance(error, BackendOverloaded):
             limit = line.view.settings.max_queued_requests
-            if limit is None or len(line.waiting) < limit:
+            if limit is None or len(line.waiting) + self._before_links(line) < limit:
                 self.breaks("nothing lost", f"request {one.id} was shed by a line of {len(line.waiting)}: {error}")
             self.ended(one, "503")
         elif isinstance(error, ReplicaDied):
@@ -240,12 +273,18 @@ class Rules:
         if was == "over":
             self.breaks("nothing lost", f"request {one.id} failed after its end")
 
+    def _before_links(self, line: Any) -> int:
+        """How many more than its replicas may hold wait for the first links to them."""
+        slots = line.view.settings.max_concurrent_queries * max(1, len(line.view.replicas))
+        return max(0, len(line._early) - slots)
+
     def _died(self, one: Asked, error: ReplicaDied) -> None:
         if not one.sent_to:
             self.breaks("nothing lost", f"request {one.id} was lost with a replica it was never sent to")
             return
         replica, link = one.sent_to[-1]
-        if not error.started:
+        one.not_started = not error.started
+        if one.not_started:
             gone = sum(id in self.dead or each in self.cut for id, each in one.sent_to)
             if gone < 3 or self.executed[one.id]:
                 self.breaks("nothing lost", f"request {one.id}, executed {self.executed[one.id]}: {error}")
@@ -289,7 +328,9 @@ class Rules:
             self.breaks("limits", f"{replica.id} runs {running} and holds {held}, its limit is {limit}")
         if len(tasks) > replica.most_batch:
             self.breaks("limits", f"{replica.id} got a batch of {len(tasks)}, its limit is {replica.most_batch}")
+        raises = any(task.mode == "raise" for task in tasks)
         for task in tasks:
+            self.raised[task.id] = raises
             self._began(replica, task)
 
     def _began(self, replica: SimReplica, task: Task) -> None:
@@ -305,6 +346,9 @@ class Rules:
         told = one.ended_at + CANCELLED_S < self.network.world.time()
         if one.state == "over" and one.outcome in ("cancelled", "504") and told and replica.id not in self.excused:
             self.breaks("at most once", f"request {task.id} began in {replica.id} long after it was {one.outcome}")
+        if one.not_started:
+            self.breaks("at most once", f"request {task.id} began in {replica.id} after it was answered as not started")
+        self._in_time(one, replica)
         if not one.sent_to or one.sent_to[-1][0] != replica.id:
             sent = ", ".join(id for id, _ in one.sent_to)
             if one.state != "over":
@@ -316,6 +360,12 @@ class Rules:
                 self.breaks("FIFO", f"request {task.id} began in {replica.id} after one that was sent later")
             self._begun[at] = one.number
         self._served_as_said(one, replica)
+
+    def _in_time(self, one: Asked, replica: SimReplica) -> None:
+        """The replica counts from when it has read the request: it may be late by as long as that takes."""
+        late_s = self.network.world.time() - one.due - self.network.slowest_s
+        if late_s > ROUNDED_S and self.frozen_until.get(replica.id, 0.0) < one.sent_at:
+            self.breaks("deadlines", f"request {one.id} began in {replica.id} {late_s:.4f} s after its deadline")
 
     # --- changes ---
 

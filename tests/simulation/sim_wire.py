@@ -39,6 +39,7 @@ from headgate.wire.link import Link
 WHOLE_BYTES = 300
 PIECE_BYTES = 128
 _SLOTS = 2048
+_SLOWEST = 10.0
 
 
 class Page(bytearray):
@@ -234,7 +235,7 @@ class Network:
     """All connections of one simulation.
 
     world      the loop of what no process does: bytes under way, engines, the user
-    slow_s     the longest that most messages take; one in twenty takes ten times as long
+    slow_s     the longest that most messages take; one in twenty takes ten times as long, up to `slowest_s`
     """
 
     def __init__(self, world: ProcessLoop, chance: random.Random, slow_s: float) -> None:
@@ -244,10 +245,11 @@ class Network:
         self.processes: dict[int, ProcessLoop] = {}  # by pid
         self._chance = chance
         self._slow_s = slow_s
+        self.slowest_s = slow_s * _SLOWEST
 
     def delay_s(self) -> float:
         chance = self._chance.random()
-        return chance * self._slow_s * (10.0 if chance > 0.95 else 1.0)
+        return chance * self._slow_s * (_SLOWEST if chance > 0.95 else 1.0)
 
     def died(self, loop: ProcessLoop, pid: int) -> None:
         """A process has ended: its connections break, and whoever watches it learns of it."""

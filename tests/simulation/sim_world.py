@@ -226,14 +226,14 @@ class SimEngine(FakeEngine):
             super()._end(replica, cause)
 
     def freeze(self, id: str) -> None:
+        self.world.rules.frozen_until[id] = float("inf")
         self.loops[id].freeze()
 
     def thaw(self, id: str) -> None:
         """The process goes on."""
-        self.loops[id].thaw()
-
-    def spec_of(self, id: str) -> messages.ReplicaSpec | None:
-        return self._living[id].spec if id in self._living else None
+        if self.loops[id].frozen:
+            self.world.rules.frozen_until[id] = self.world.time()
+            self.loops[id].thaw()
 
     def living(self, tag: str) -> list[str]:
         """The replicas of a backend, oldest first."""

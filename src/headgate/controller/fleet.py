@@ -22,18 +22,17 @@ from headgate.core.state import BackendGoal, Facts, Settings
 from headgate.errors import BackendStartError, HeadgateError, ProtocolError, from_wire
 from headgate.wire import messages
 
+log = logs.get("controller")
+
 #: A replica that says so often in a row that it is unhealthy is replaced.
 UNHEALTHY = 3
 #: The version of replicas that are to be replaced: nobody wants it, so they drain.
 UNWANTED = -1
-
 #: So many replicas that the engine has not named yet are remembered by what they said of themselves.
 EARLY = 1000
 #: How much of an error's last line is shown where it is one among others.
 LINE_CHARS = 200
 LOCAL = "local"
-log = logs.get("controller")
-
 _START_ERROR = BackendStartError.__name__
 
 #: What must have happened to a replica that reports this phase.

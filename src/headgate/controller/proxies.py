@@ -20,6 +20,7 @@ from headgate.core import placement
 from headgate.core.reconcile import backoff_s
 from headgate.engine.interface import Engine, Process
 from headgate.errors import HeadgateError, InstanceError
+from headgate.wire.address import is_loopback
 
 log = logs.get("proxies")
 
@@ -252,19 +253,3 @@ class Proxies:
 
 def _find(engine: Engine, id: str) -> Process | None:
     return next((process for process in engine.observe() if process.id == id), None)
-
-
-def is_loopback(url: str) -> bool:
-    """Whether only processes of the same machine reach that address.
-
-    >>> is_loopback("http://127.0.0.1:8000"), is_loopback("http://10.0.0.7:8000")
-    (True, False)
-    """
-    import ipaddress  # 5 ms that only several nodes cost
-    from urllib.parse import urlsplit
-
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return host == "localhost"

@@ -246,15 +246,21 @@ class ReplicaSet:
             self._leaving.pop(replica.name, None)
 
 
-def assign(waiting: Waiting[T], replicas: ReplicaSet) -> list[tuple[T, str, int]]:
-    """The waiting requests that leave now, oldest first: (request, replica, want).
+def assign(
+    waiting: Waiting[T], replicas: ReplicaSet, now: float
+) -> tuple[list[tuple[T, str, int]], list[T]]:
+    """The waiting requests that leave now, oldest first: (request, replica, want); and those that are late.
 
-    Each has its slot already.
+    Each that leaves has its slot already. Late is whose deadline had come when its turn did: it must not run.
     """
-    leaving = []
+    leaving: list[tuple[T, str, int]] = []
+    late: list[T] = []
     while waiting:
+        if waiting.oldest.deadline <= now:
+            late.append(waiting.pop())
+            continue
         slot = replicas.reserve(len(waiting) - 1)
         if slot is None:
             break
         leaving.append((waiting.pop(), *slot))
-    return leaving
+    return leaving, late

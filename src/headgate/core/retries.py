@@ -57,30 +57,32 @@ class Retries(Generic[T]):
     >>> retries.room(active=5), len(retries.waiting)
     (0, 2)
 
-    waiting   those that wait, oldest first; always the same list
+    waiting     those that wait, oldest first; always the same list
+    under_way   those that use the budget, since the last `room`; always the same list
     """
 
-    __slots__ = ("_under_way", "waiting")
+    __slots__ = ("under_way", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[T] = []
-        self._under_way: list[T] = []
+        self.under_way: list[T] = []
 
     def add(self, request: T) -> None:
         """A request has lost its replica, or was refused as a retry: it waits."""
         insort(self.waiting, request, key=_by_order)
 
     def room(self, active: int) -> int:
-        """How many of those that wait may go now, of `active` requests in all."""
-        if not self.waiting:
-            return 0
-        self._under_way = [one for one in self._under_way if one.retrying]
-        return max(0, min(len(self.waiting), allowed(active) - len(self._under_way)))
+        """How many of those that wait may go now, of `active` requests in all.
+
+        Also lets those go that have their answer: to be asked after each answer while some are under way.
+        """
+        self.under_way[:] = [one for one in self.under_way if one.retrying]
+        return max(0, min(len(self.waiting), allowed(active) - len(self.under_way)))
 
     def take(self) -> T:
         """The oldest one that waits, for which there is `room`: give it to a replica in the same step."""
         request = self.waiting.pop(0)
-        self._under_way.append(request)
+        self.under_way.append(request)
         return request
 
     def remove(self, request: T) -> bool:

@@ -22,6 +22,10 @@ class Waiter(Protocol):
     def order(self) -> int:
         """Its number in this router, growing with each arrival."""
 
+    @property
+    def deadline(self) -> float:
+        """From when on it must not be sent any more; inf for never."""
+
 
 T = TypeVar("T", bound=Waiter)
 _by_order = attrgetter("order")
@@ -33,6 +37,7 @@ class Waiting(Generic[T]):
     >>> from typing import NamedTuple
     >>> class Request(NamedTuple):
     ...     order: int
+    ...     deadline: float = 9.0
     >>> waiting = Waiting()
     >>> waiting.push(Request(1), limit=1), waiting.push(Request(2), limit=1)
     (True, False)
@@ -60,6 +65,11 @@ class Waiting(Generic[T]):
     def push_front(self, item: T) -> None:
         """Queue a request again that was sent in vain, before all that came after it; no limit applies."""
         insort(self._returned, item, key=_by_order)
+
+    @property
+    def oldest(self) -> T:
+        """The request that `pop` would take; StopIteration if none waits."""
+        return self._returned[0] if self._returned else next(iter(self._queue.values()))
 
     def pop(self) -> T:
         """The oldest request; KeyError if none waits."""

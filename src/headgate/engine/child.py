@@ -20,6 +20,10 @@ from headgate.engine import ignition, leash
 from headgate.engine.boot import ChildBoot
 from headgate.engine.roles import Role
 
+#: RLIMIT_LOCKS, which bounds nothing since Linux 2.4.25 but is handed down as every limit is.
+_UNUSED_LIMIT = 10
+_UNUSED_LIMIT_NAME = b"Max file locks "
+
 
 def run(
     child: ChildBoot, role: Role, parent: int, pipe: int, not_mine: Iterable[int], ask: socket.socket | None
@@ -39,6 +43,7 @@ def run(
         gc.enable()
         if child.role == "replica":
             os.environ[ignition.REPLICA_VARIABLE] = child.id
+            _bear(mark(parent, child.id))
             # Not the supervisor's, and without a file that multiprocessing would run again.
             sys.modules["__main__"] = type(sys)("__main__")
         module, _, function = role.target.partition(":")
@@ -75,6 +80,40 @@ def _reset_signals(role: str) -> None:
     if role == "replica":  # user code may expect Python's own; the others ignore it like the supervisor
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def mark(supervisor: int, id: str) -> int:
+    """What tells the descendants of a replica from all other processes.
+
+    >>> mark(4711, "iris#0007") == 4711 << 32 | 7
+    True
+    """
+    return supervisor << 32 | int(id.rpartition("#")[2])
+
+
+def _bear(mark: int) -> None:
+    """Mark this process and all its descendants.
+
+    The environment that /proc shows is that of the last exec: a fork without one carries its supervisor's. A limit
+    is handed down by fork and exec alike, and stays when a daemon leaves its session, closes all files, changes its
+    title or clears its environment.
+    """
+    import resource  # which what a replica begins with has imported already
+
+    with contextlib.suppress(OSError, ValueError):  # somebody has lowered even this one for good
+        resource.setrlimit(_UNUSED_LIMIT, (mark, resource.getrlimit(_UNUSED_LIMIT)[1]))
+
+
+def mark_on(pid: int) -> int | None:
+    """The mark that a process bears; None if it bears none, or is gone."""
+    try:
+        with open(f"/proc/{pid}/limits", "rb") as file:
+            limits = file.read()
+    except OSError:
+        return None
+    _, _, values = limits.partition(_UNUSED_LIMIT_NAME)
+    soft = values.split(maxsplit=1)[:1]
+    return int(soft[0]) if soft and soft[0].isdigit() else None
 
 
 def flush() -> None:

@@ -5,7 +5,8 @@ process's place in it. Nothing is decided here. The engine is ray_engine.py, wha
 actors is headgate/actors.py, named by a dotted path so that this layer imports neither.
 
 Rule: no call waits longer than its own deadline. When the cluster's head is away, Ray's calls wait
-without end; those that may are made on a thread that can be left behind (`apart`).
+without end; those that may are made on a thread that can be left behind (aside.py): with `apart` on a
+loop, with `within` where a thread may wait, with `beside` where nobody waits here.
 
 An instance has a Ray namespace of its own, "headgate-1f3a90c2" or, if it is detached,
 "headgate.<namespace>", where its actors have their names.
@@ -16,17 +17,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from importlib import import_module
 from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from headgate.errors import ControllerUnavailable, InstanceError, RequestTimeout
+from headgate.engine import aside
+from headgate.errors import ControllerUnavailable, HeadgateError, InstanceError, RequestTimeout
 from headgate.wire.messages import ReplicaSpec
 
 T = TypeVar("T")
@@ -55,7 +57,6 @@ ASK_S = 5.0
 CONTROLLER = "controller"
 _KV_NAMESPACE = b"headgate"
 _MANY = 10_000  # calls at a time of one actor
-_AGAIN_S = 0.2  # how soon it asks again whether a controller that Ray cannot reach is gone for good
 
 
 # --- this process -----------------------------------------------------------------------------
@@ -74,6 +75,15 @@ def node_id() -> str:
 def node_address() -> str:
     """That node's address in the cluster."""
     return str(ray.util.get_node_ip_address())
+
+
+def join_host(address: str) -> str:
+    """The host part of a URL.
+
+    >>> join_host("10.0.0.7"), join_host("fd00::7")
+    ('10.0.0.7', '[fd00::7]')
+    """
+    return f"[{address}]" if ":" in address else address
 
 
 def gcs_address() -> str:
@@ -123,11 +133,6 @@ def leave() -> None:
     ray.shutdown()
 
 
-def raylet_pid() -> int:
-    """The process of Ray's on this node that started this worker."""
-    return int(os.environ.get("RAY_RAYLET_PID") or os.getppid())
-
-
 def is_second_life() -> bool:
     """Whether Ray made this actor anew after it had died."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
@@ -143,56 +148,50 @@ def resolve(address: str) -> str:
     return str(next(iter(found)))
 
 
-def end_with_raylet() -> None:
-    """End this process when its node's raylet ends, which Ray itself does not see to if that was killed."""
-    raylet = raylet_pid()
+# --- deadlines ------------------------------------------------------------------------------
+
+
+def beside(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """`function(*arguments)` on a thread of its own; OSError for what Ray itself raises."""
+    return aside.start(_translated, function, arguments, name="headgate-ray-call")
+
+
+def _translated(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     try:
-        fd = os.pidfd_open(raylet)
-    except OSError:  # it has ended
-        os._exit(1)
-    if os.getppid() == 1 != raylet:  # so has it, and the pid may be another process's by now
-        os._exit(1)
-
-    def wait() -> None:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        while not poll.poll():
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, name="headgate-raylet", daemon=True).start()
+        return function(*arguments)
+    except ray.exceptions.RayError as error:
+        raise OSError(_first_line(error)) from None
 
 
 async def apart(function: Callable[..., T], *arguments: Any, timeout_s: float = ASK_S) -> T:
-    """`function(*arguments)` on a thread of its own.
-
-    TimeoutError when it takes longer: it is left behind. OSError for what Ray itself raises.
-    """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: Any, error: BaseException | None) -> None:
-        if not answer.done():
-            if error is None:
-                answer.set_result(value)
-            else:
-                answer.set_exception(error)
-
-    def run() -> None:
-        value: Any = None
-        problem: BaseException | None = None
-        try:
-            value = function(*arguments)
-        except ray.exceptions.RayError as error:
-            problem = OSError(_first_line(error))
-        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
-            problem = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, value, problem)
-
-    threading.Thread(target=run, name="headgate-ray-call", daemon=True).start()
+    """As `beside`, from a loop. TimeoutError when it takes longer: it is left behind."""
     async with asyncio.timeout(timeout_s):
-        return await answer
+        return await asyncio.wrap_future(beside(function, *arguments))
+
+
+def within(function: Callable[..., T], *arguments: Any, timeout_s: float = ASK_S) -> T:
+    """As `beside`, from a thread that may wait. ControllerUnavailable when there is no answer in time."""
+    return result_of(beside(function, *arguments), timeout_s)
+
+
+def result_of(answer: Future[T], timeout_s: float = ASK_S) -> T:
+    """What a call of `beside` gave. ControllerUnavailable when there is no answer in time."""
+    try:
+        return answer.result(timeout_s)
+    except HeadgateError:
+        raise
+    except TimeoutError:
+        raise away(f"no word within {timeout_s:g} s") from None
+    except (OSError, RuntimeError) as error:
+        raise away(_first_line(error)) from None
+
+
+def away(what: str) -> ControllerUnavailable:
+    """The error of whoever needs the cluster's head while it is away."""
+    return ControllerUnavailable(
+        f"the head of the Ray cluster does not answer ({what}); try again when it is back, `ray status` tells. What "
+        "runs goes on serving, over HTTP and by handle.call()"
+    )
 
 
 # --- the key-value store ----------------------------------------------------------------------
@@ -241,7 +240,7 @@ def _on(node: str, *, soft: bool) -> Any:
 
 
 def start_controller(origin: bytes, scope: str, node: str, *, detached: bool) -> Any:
-    """Start an instance's controller, on that node if it lives. InstanceError if there is one already."""
+    """Start an instance's controller, on that node if it lives; None if there is one already. InstanceError."""
     try:
         return (
             _class("headgate.actors:ControllerActor")
@@ -256,6 +255,8 @@ def start_controller(origin: bytes, scope: str, node: str, *, detached: bool) ->
             )
             .remote(origin)
         )
+    except ray.exceptions.ActorAlreadyExistsError:
+        return None
     except (ValueError, ray.exceptions.RayError) as error:
         raise InstanceError(_first_line(error)) from None
 
@@ -311,14 +312,6 @@ def find(scope: str, name: str) -> Any:
         return None
 
 
-def find_now(scope: str, name: str) -> Any:
-    """As `find`. ControllerUnavailable when the cluster's head does not answer."""
-    try:
-        return find(scope, name)
-    except (ray.exceptions.RayError, RuntimeError) as error:
-        raise ControllerUnavailable(f"the cluster's head does not answer: {_first_line(error)}") from None
-
-
 def listed(scope: str) -> list[str]:
     """The names of an instance's actors that live or wait for their resources."""
     found = ray.util.list_named_actors(all_namespaces=True)
@@ -340,6 +333,11 @@ def kill_me(scope: str, name: str) -> None:
         kill(actor)
 
 
+def exit_actor() -> None:
+    """Called in an actor's method: end the actor in an orderly way."""
+    ray.actor.exit_actor()
+
+
 def kill_process(node: str, pid: int) -> None:
     """SIGKILL to a process of a node that Ray holds for dead but that is only stopped."""
     ray.remote(_kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node, soft=False)).remote(pid)
@@ -350,6 +348,9 @@ def _kill_process(pid: int) -> None:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             if file.read().startswith(b"ray::"):
                 os.kill(pid, 9)
+
+
+# --- calls of actors, and their ends ---------------------------------------------------------
 
 
 async def ask(answer: Any, timeout_s: float = ASK_S) -> Any:
@@ -376,8 +377,14 @@ def wait_for(answer: Any, timeout_s: float) -> Any:
 
 
 def is_alive(scope: str) -> bool:
-    """Whether the instance has a controller that lives, or that Ray is making anew."""
-    controller = find(scope, CONTROLLER)
+    """Whether the instance has a controller that lives, or that Ray is making anew.
+
+    True also if the cluster's head does not answer: nobody can tell then.
+    """
+    try:
+        controller = within(find, scope, CONTROLLER)
+    except ControllerUnavailable:
+        return True
     if controller is None:
         return False
     try:
@@ -409,48 +416,10 @@ def when_over(answer: Any, then: Callable[[str, bool], None]) -> None:
     answer.future().add_done_callback(look)
 
 
-class ControllerWatch:
-    """Calls `then()` on some thread once a controller is gone for good; never while it is only restarted."""
-
-    def __init__(self, scope: str, then: Callable[[], None]) -> None:
-        self._scope = scope
-        self._then = then
-        self._call: Any = None
-        self._over = False
-
-    def begin(self) -> None:
-        """Look at the controller from now on."""
-        if self._over or not ray.is_initialized():
-            return
-        try:
-            controller = find(self._scope, CONTROLLER)
-        except (ray.exceptions.RayError, RuntimeError):  # the head is away
-            self._again()
-            return
-        if controller is None:
-            self._then()
-        else:
-            self._call = controller.forever.remote()
-            when_over(self._call, self._look)
-
-    def _look(self, why: str, for_good: bool) -> None:
-        if self._over:
-            return
-        if for_good:
-            self._then()
-        else:
-            self._again()
-
-    def _again(self) -> None:
-        timer = threading.Timer(_AGAIN_S, self.begin)
-        timer.daemon = True
-        timer.start()
-
-    def end(self) -> None:
-        """Stop looking. A worker whose calls are not answered cannot leave Ray in an orderly way."""
-        self._over = True
-        if self._call is not None and ray.is_initialized():  # else it would be by that
-            ray.cancel(self._call)
+def cancel(answer: Any) -> None:
+    """Nobody waits for this actor call any more. One that is not answered keeps a worker from an orderly end."""
+    if ray.is_initialized():  # else nobody does by that
+        ray.cancel(answer)
 
 
 def _cause(error: BaseException) -> str:
@@ -501,13 +470,3 @@ def wait(refs: list[Any], num_returns: int, timeout: float | None) -> tuple[list
     """As ray.wait."""
     ready, rest = ray.wait(refs, num_returns=num_returns, timeout=timeout)
     return list(ready), list(rest)
-
-
-def join_host(address: str) -> str:
-    """The host part of a URL."""
-    return f"[{address}]" if ":" in address else address
-
-
-def exit_actor() -> None:
-    """Called in an actor's method: end the actor in an orderly way."""
-    ray.actor.exit_actor()

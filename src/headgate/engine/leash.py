@@ -6,8 +6,10 @@ whose write end only the supervisor holds, with O_ASYNC and SIGKILL as its signa
 breaks the kernel kills the child's whole process group. Neither needs a thread of the child,
 which could be waiting for the interpreter's lock under a long C call.
 
-What user code starts in a session of its own is in neither. The supervisor, which adopts it when
-its parent ends, kills it at its own orderly end; a supervisor that is killed itself cannot.
+What user code starts in a session of its own is in neither. The supervisor adopts it when its parent
+ends, and kills it when its replica is gone, as far as strays.py can tell whose it is, and all of it at
+its own orderly end. If it is killed itself, its driver or the next start kills what carries the
+instance's id in its environment; only what has cleared that goes on.
 """
 
 from __future__ import annotations

@@ -7,13 +7,15 @@ of its own asks the cluster's head one question.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sys
 
 from headgate import logs
 from headgate.engine import cluster
 from headgate.errors import InstanceError
+from headgate.wire.address import is_loopback
+
+__all__ = ["answers_strangers", "check_token", "is_loopback", "take_part"]
 
 log = logs.get("ray")
 
@@ -92,12 +94,3 @@ def _probe(address: str, *, without_token: bool) -> str:
     except subprocess.TimeoutExpired:
         return f"no word within {_PROBE_S:g} s"
     return (done.stdout.strip().splitlines() or ["no answer"])[-1]
-
-
-def is_loopback(address: str) -> bool:
-    """Whether "host:port" leads to this machine only."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Any
 
 from headgate import logs
 from headgate.engine import cluster
@@ -66,7 +65,6 @@ class Agents:
         self._records = records
         self._on_event = on_event
         self._agents: dict[str, _Agent] = {}  # by node
-        self._actors: dict[str, Any] = {}  # by node
         self._http: dict[str, str] = {}  # node -> URL
         self._port = int(origin.http.get("port") or 0)
         self._opening = asyncio.Lock()
@@ -124,7 +122,6 @@ class Agents:
             actor = await cluster.apart(
                 cluster.start_agent, pack(self._origin), self._origin.scope, name_of(node), node
             )
-            self._actors[node] = actor
             answer = actor.open.remote(self._port, pack(meeting))
             self._http[node] = url = await cluster.ask(answer, OPEN_S)
             await cluster.apart(self._records.put, _ADDRESSES + node, url.encode())
@@ -201,7 +198,6 @@ class Agents:
         """A node has left the cluster."""
         agent = self._agents.pop(node, None)
         self._http.pop(node, None)
-        self._actors.pop(node, None)
         if agent is not None:
             agent.supervised.lost("its node left the cluster")
 

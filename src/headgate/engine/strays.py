@@ -2,14 +2,15 @@
 
 The kernel ends a child of the supervisor, and what is in its process group, with the supervisor
 (leash.py). A process that has left its group, as a daemon does, is tied to nobody. It still carries
-the id of its instance, and that of its replica, in the environment that it was executed with. So
-it is ended by whoever sees the end of what it belongs to:
+the id of its instance, and that of its replica, in the environment that it was executed with, and a
+replica's mark among its limits, which forks inherit too (child.py). So it is ended by whoever sees the
+end of what it belongs to:
 
     its replica ended           the supervisor, which has adopted it
     the instance ended          the supervisor, last of all
     the supervisor was killed   the driver that started it; the next start, if that driver is gone too
 
-What has cleared its environment besides is ended by the supervisor only. Nothing here is imported before it is needed.
+What has cleared its environment besides is ended by the supervisor only, by the mark. Nothing here is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -46,20 +47,16 @@ def variable_of(pid: int, name: str) -> str | None:
         return None
 
 
-def kill_all_of(instance: str, spare: frozenset[int] = frozenset()) -> int:
-    """SIGKILL to every process of that instance but this one and `spare`, until none is left: how many they were.
+def kill_all_of(instance: str) -> None:
+    """SIGKILL to every process of that instance but this one, until none is left.
 
     Only for an instance whose supervisor is gone: a living one ends its own.
     """
-    killed: set[int] = set()
-    spare |= {os.getpid()}
     give_up = time.monotonic() + _DYING_S
-    while (found := _living(instance) - spare) and time.monotonic() < give_up:
+    while (found := _living(instance) - {os.getpid()}) and time.monotonic() < give_up:
         for pid in found:
             _kill(pid, instance)
-        killed |= found
         time.sleep(0.002)
-    return len(killed)
 
 
 def _living(instance: str) -> set[int]:

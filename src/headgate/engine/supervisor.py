@@ -233,13 +233,23 @@ class Supervisor:
                 self._kill_strays()
 
     def _kill_strays(self) -> None:
-        """End what replicas that are gone have executed in sessions of its own; its parent's end brings it here."""
-        living = {running.id for running in self._children.values()}
+        """End what replicas that are gone have left in sessions of its own; its parent's end brings it here."""
         for pid in strays.adopted(set(self._children)):
-            replica = strays.variable_of(pid, ignition.REPLICA_VARIABLE)
-            if replica is not None and replica not in living:
+            if self._has_lost_its_replica(pid):
                 with contextlib.suppress(OSError):  # another user's; what is not reaped yet is still itself
                     os.kill(pid, signal.SIGKILL)
+
+    def _has_lost_its_replica(self, pid: int) -> bool:
+        """Whether an adopted process is what user code of a replica has started, and that replica is gone."""
+        living = [running.id for running in self._children.values() if running.role == "replica"]
+        replica = strays.variable_of(pid, ignition.REPLICA_VARIABLE)
+        if replica is not None:
+            return replica not in living
+        mark = child.mark_on(pid)
+        if mark is None or mark >> 32 != self._pid or mark in {child.mark(self._pid, id) for id in living}:
+            return False
+        # An instance that a replica has started is its own.
+        return strays.variable_of(pid, ignition.INSTANCE_VARIABLE) in (None, self._boot.instance)
 
     def _tell_exit(self, ended: _Running, status: int) -> None:
         if ended.role == "controller":

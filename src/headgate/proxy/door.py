@@ -13,11 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from headgate.wire import descriptors
+from headgate.wire.address import BACKLOG
 
 log = logging.getLogger("headgate.proxy")
-
-#: create_server calls listen() again: asyncio's own 100 would shrink the queue for all who share it.
-_BACKLOG = 4096
 
 
 class Door:
@@ -39,9 +37,10 @@ class Door:
 
     async def open(self) -> None:
         """Accept from now on. Raises OSError."""
-        # The loop closes the socket that it was given, so it gets one of its own each time.
+        # The loop closes the socket that it was given, so it gets one of its own each time. It calls listen()
+        # again: asyncio's own 100 would shrink the queue for all who share it.
         self._server = await asyncio.get_running_loop().create_server(
-            self._arrived, sock=self._listener.dup(), backlog=_BACKLOG, **self._options
+            self._arrived, sock=self._listener.dup(), backlog=BACKLOG, **self._options
         )
 
     def look(self) -> None:

@@ -58,8 +58,6 @@ class Intake(Dispatching):
         """End the connection now."""
         raise NotImplementedError
 
-
-
     def buffer_updated(self, nbytes: int) -> None:
         """So many bytes were received, where `get_buffer` said."""
         try:

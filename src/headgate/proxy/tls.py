@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import ssl
+import struct
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from msgspec import MsgspecError
@@ -32,6 +35,10 @@ HANDSHAKE_S = 10.0
 LOOK_S = 0.5
 #: uvloop breaks off an answer that is still being taken so long after its end was written.
 _NEVER_S = 1e9
+#: The most that is kept of a certificate and its key.
+SLOT_BYTES = 1 << 24
+_DIGEST_BYTES = 32
+_HEAD = struct.Struct("<QQ")  # number, size
 #: Ephemeral keys and authenticated encryption only; those of TLS 1.3 all are.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
@@ -94,27 +101,50 @@ def _as_file(text: bytes) -> Iterator[str]:
 
 
 class Kept:
-    """The last good pair of a node's proxies, in memory that they share (a memfd); fd -1: it is not kept."""
+    """The last good pair of a node's proxies, in memory that they share (a memfd); fd -1: it is not kept.
+
+    Two slots, of which the older one is written: whoever is killed while it writes leaves the other as it was.
+    A slot holds the sha256 of all that follows it there, its number (the higher, the newer), a size, and the pair.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def write(self, pair: Pair) -> None:
-        if self._fd >= 0:
-            content = encode(pair)
-            size = os.pwrite(self._fd, hashlib.sha256(content).digest() + content, 0)
-            os.ftruncate(self._fd, size)
+        """Keep `pair` from now on. Raises ValueError if it is too large, and OSError."""
+        if self._fd < 0:
+            return
+        number = self._newest()[0] + 1
+        content = encode(pair)
+        slot = _HEAD.pack(number, len(content)) + content
+        if _DIGEST_BYTES + len(slot) > SLOT_BYTES:
+            raise ValueError(f"it has {len(content)} bytes, and {SLOT_BYTES} may be kept")
+        slot = hashlib.sha256(slot).digest() + slot
+        written = os.pwrite(self._fd, slot, number % 2 * SLOT_BYTES)
+        if written < len(slot):
+            raise OSError(errno.ENOSPC, "there is no memory to keep it in")
 
     def read(self) -> Pair | None:
-        """None if there is none, or its writer was killed half-way."""
-        if self._fd < 0:
+        """The newest that was written whole; None if there is none."""
+        return None if self._fd < 0 else self._newest()[1]
+
+    def _newest(self) -> tuple[int, Pair | None]:
+        found: list[tuple[int, Pair | None]] = [(0, None), *filter(None, map(self._slot, range(2)))]
+        return max(found, key=itemgetter(0))
+
+    def _slot(self, which: int) -> tuple[int, Pair] | None:
+        """Its number and pair; None if it was never written, or not to its end."""
+        at = which * SLOT_BYTES
+        digest = os.pread(self._fd, _DIGEST_BYTES, at)
+        head = os.pread(self._fd, _HEAD.size, at + len(digest))
+        if len(head) < _HEAD.size:
             return None
-        size = os.fstat(self._fd).st_size
-        digest, content = os.pread(self._fd, 32, 0), os.pread(self._fd, size, 32)
-        if not digest or hashlib.sha256(content).digest() != digest:
+        number, size = _HEAD.unpack(head)
+        content = os.pread(self._fd, min(size, SLOT_BYTES), at + len(digest) + len(head))
+        if hashlib.sha256(head + content).digest() != digest:
             return None
         try:
-            return decode(content, type=Pair)
+            return number, decode(content, type=Pair)
         except MsgspecError:
             return None
 

@@ -33,7 +33,7 @@ def rss_bytes() -> int:
 
 
 class Wear:
-    """Watches `worker`; `start` names the loop that looks at memory.
+    """Watches `worker` from `start` on.
 
     spread   in [0, 1): how much later than others this one has had enough
     """
@@ -50,16 +50,20 @@ class Wear:
         self._tell = tell
         self._spread = random.random() if spread is None else spread
         self._rss = rss
-        self._first_rss = rss()
+        self._first_rss = 0  # when it started: before the first request
         self._warned_of: int | None = None
         self._is_told = False
         self._looking: asyncio.AbstractEventLoop
-        worker.wear = self
-        self.configure(worker.settings)
 
     def start(self, looking: asyncio.AbstractEventLoop) -> None:
-        """Look from now on, on the loop `looking` of another thread."""
+        """Look from now on: with each last request, and at memory on the loop `looking` of another thread.
+
+        What it takes now is what it takes before its first request. May tell at once.
+        """
+        self._first_rss = self._rss()
         self._looking = looking
+        self._worker.wear = self
+        self.configure(self._worker.settings)
         looking.call_soon_threadsafe(self._look_again)
 
     def configure(self, settings: Settings) -> None:

@@ -204,15 +204,15 @@ class Link(asyncio.BufferedProtocol):
 async def open_link(link: Link, sock: socket.socket) -> None:
     """Give an authenticated, connected socket to `link` on the running loop.
 
-    Raises OSError when no file descriptor is left for it; then the socket is closed.
+    Raises OSError when no file descriptor is left for it; then, and when it is cancelled, the socket is closed.
     """
+    loop = asyncio.get_running_loop()
     try:
         link.duplicate(sock)
-    except OSError:
+        if sock.family == socket.AF_UNIX:
+            await loop.create_unix_connection(lambda: link, sock=sock)
+        else:
+            await loop.create_connection(lambda: link, sock=sock)
+    except BaseException:
         sock.close()
         raise
-    loop = asyncio.get_running_loop()
-    if sock.family == socket.AF_UNIX:
-        await loop.create_unix_connection(lambda: link, sock=sock)
-    else:
-        await loop.create_connection(lambda: link, sock=sock)

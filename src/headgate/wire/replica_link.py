@@ -312,4 +312,9 @@ class ReplicaLink(Link):
             self._pidfd = os.pidfd_open(pid)
         except OSError:  # it has died already: the link ends at once
             self._pidfd = -1
-        await open_link(self, sock)
+        try:
+            await open_link(self, sock)
+        except BaseException:
+            self.discard()
+            self._release()
+            raise

@@ -5,11 +5,11 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headgate.core.drain import CLOSE_S, FORGET_S, LONGEST_S, WINDOW_S, Drain
+from headgate.core.drain_rate import CLOSE_S, FORGET_S, LONGEST_S, WINDOW_S, DrainRate
 
 
 def test_the_rate_is_that_of_the_time_with_a_line():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=1000.0, answers=5000)
 
     assert drain.retry_after_s(now=1002.0, answers=5020, ahead=30) == 3
@@ -17,7 +17,7 @@ def test_the_rate_is_that_of_the_time_with_a_line():
 
 
 def test_idle_time_does_not_count():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
     drain.end(now=1.0, answers=10)
 
@@ -26,7 +26,7 @@ def test_idle_time_does_not_count():
 
 
 def test_answers_without_a_line_do_not_count():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
     drain.end(now=1.0, answers=10)
     drain.begin(now=3.0, answers=10_000)
@@ -35,14 +35,14 @@ def test_answers_without_a_line_do_not_count():
 
 
 def test_at_the_very_start_nothing_is_known():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=1000.0, answers=0)
 
     assert drain.retry_after_s(now=1000.0, answers=0, ahead=1000) == 1
 
 
 def test_without_a_first_answer_it_is_as_long_again():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
 
     assert drain.retry_after_s(now=3.0, answers=0, ahead=2) == 3
@@ -51,7 +51,7 @@ def test_without_a_first_answer_it_is_as_long_again():
 
 
 def test_batches_are_answered_at_once_and_the_rate_is_that_of_all():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
     waits = [drain.retry_after_s(now=0.5 + n, answers=32 * n, ahead=96) for n in range(20)]
 
@@ -61,7 +61,7 @@ def test_batches_are_answered_at_once_and_the_rate_is_that_of_all():
 
 
 def test_a_slow_backend_is_measured_for_longer():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
     waits = [drain.retry_after_s(now=2.0 * n + 1.9, answers=n, ahead=6) for n in range(1, 40)]
 
@@ -70,7 +70,7 @@ def test_a_slow_backend_is_measured_for_longer():
 
 
 def test_a_backend_that_became_slower_is_noticed():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
     assert drain.retry_after_s(now=WINDOW_S, answers=500, ahead=100) == 1
 
@@ -80,7 +80,7 @@ def test_a_backend_that_became_slower_is_noticed():
 
 
 def test_a_long_line_without_refusals_does_not_outweigh_what_is_new():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
     drain.end(now=1000.0, answers=100_000)
 
@@ -89,7 +89,7 @@ def test_a_long_line_without_refusals_does_not_outweigh_what_is_new():
 
 
 def test_a_line_of_long_ago_is_forgotten():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
     drain.end(now=10.0, answers=10_000)
 
@@ -98,14 +98,14 @@ def test_a_line_of_long_ago_is_forgotten():
 
 
 def test_a_line_that_never_ends_is_not_forgotten():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
 
     assert drain.retry_after_s(now=100.0, answers=1000, ahead=50) == 5
 
 
 def test_where_nobody_may_wait_the_time_between_refusals_counts():
-    drain = Drain()
+    drain = DrainRate()
     assert drain.retry_after_s(now=0.0, answers=100, ahead=4) == 1
 
     assert drain.retry_after_s(now=CLOSE_S, answers=101, ahead=4) == 4
@@ -113,7 +113,7 @@ def test_where_nobody_may_wait_the_time_between_refusals_counts():
 
 
 def test_what_is_said_has_bounds():
-    drain = Drain()
+    drain = DrainRate()
     drain.begin(now=0.0, answers=0)
 
     assert drain.retry_after_s(now=1.0, answers=10_000, ahead=1) == 1
@@ -122,7 +122,7 @@ def test_what_is_said_has_bounds():
 
 
 def test_a_line_may_end_that_never_began():
-    drain = Drain()
+    drain = DrainRate()
     drain.end(now=5.0, answers=7)
 
     assert drain.retry_after_s(now=9.0, answers=7, ahead=3) == 1
@@ -134,7 +134,7 @@ def test_a_line_may_end_that_never_began():
     st.integers(1, 100),
 )
 def test_a_steady_rate_is_found_whatever_the_pauses(lines, rate, ahead):
-    drain = Drain()
+    drain = DrainRate()
     now, answers = 0.0, 0
     for seconds, pause in lines:
         drain.begin(now, answers)

@@ -24,10 +24,10 @@ FORGET_S = 60.0
 CLOSE_S = 1.0
 
 
-class Drain:
+class DrainRate:
     """The answers per second of a line that moves.
 
-    >>> drain = Drain()
+    >>> drain = DrainRate()
     >>> drain.begin(now=10.0, answers=700)                     # somebody waits
     >>> drain.retry_after_s(now=12.0, answers=720, ahead=45)   # 10 a second
     5
