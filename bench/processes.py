@@ -1,8 +1,9 @@
-"""What /proc says of a process and its descendants: CPU time, memory, names."""
+"""What /proc says of processes: who descends from whom, CPU time, memory, names."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
@@ -33,10 +34,10 @@ def tree(root: int) -> list[int]:
     return sorted(found)
 
 
-def cpu_us(root: int) -> dict[tuple[int, str], float]:
+def cpu_us(pids: Iterable[int]) -> dict[tuple[int, str], float]:
     """(pid, name) -> user and system time so far, with that of children already waited for."""
     times = {}
-    for pid in tree(root):
+    for pid in pids:
         try:
             name, fields = stat(pid)
         except OSError:
@@ -46,9 +47,13 @@ def cpu_us(root: int) -> dict[tuple[int, str], float]:
 
 
 def cpu_per_request(
-    before: dict[tuple[int, str], float], after: dict[tuple[int, str], float], requests: int
+    before: Mapping[tuple[int, str], float], after: Mapping[tuple[int, str], float], requests: int
 ) -> dict[str, float]:
-    """Name -> microseconds per request of the processes of that name; those that did nothing are left out."""
+    """Name -> microseconds per request of the processes of that name; those that did nothing are left out.
+
+    >>> cpu_per_request({(7, "proxy"): 100.0}, {(7, "proxy"): 400.0, (8, "replica"): 50.0, (9, "replica"): 50.0}, 10)
+    {'proxy': 30.0, 'replica': 10.0}
+    """
     spent: dict[str, float] = {}
     for key, total in after.items():
         delta = total - before.get(key, 0.0)
@@ -57,10 +62,10 @@ def cpu_per_request(
     return spent
 
 
-def pss_mb(root: int) -> dict[tuple[int, str], float]:
+def pss_mb(pids: Iterable[int]) -> dict[tuple[int, str], float]:
     """(pid, name) -> proportional set size in MB (10^6 bytes)."""
     sizes = {}
-    for pid in tree(root):
+    for pid in pids:
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             name, _ = stat(pid)

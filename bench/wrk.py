@@ -1,20 +1,29 @@
-"""Run wrk and read what it prints."""
+"""Run wrk, a closed loop of requests, and read what it prints."""
 
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import subprocess
-import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from peers.jobs import Request
 
 UNITS_US = {"us": 1.0, "ms": 1e3, "s": 1e6, "m": 60e6, "h": 3600e6}
 POST = Path(__file__).parent / "post.lua"
 
 
+class WrkFailed(Exception):
+    """wrk is not there, or ended with an error."""
+
+
 class Load(NamedTuple):
-    """One run of wrk. `failed` counts answers other than 2xx and 3xx, and socket errors."""
+    """One run. `failed` counts answers other than 2xx and 3xx, and socket errors."""
 
     requests: int
     requests_per_s: float
@@ -23,24 +32,52 @@ class Load(NamedTuple):
     failed: int
 
 
+class Run(NamedTuple):
+    """What wrk said, and how much of one core it took itself."""
+
+    load: Load
+    wrk_cpu: float
+
+
 def find() -> str:
     path = shutil.which("wrk")
     if path is None:
-        sys.exit("wrk is not in PATH; install it (Debian, Ubuntu: apt-get install wrk)")
+        raise WrkFailed("wrk is not in PATH; install it (Debian, Ubuntu: apt-get install wrk)")
     return path
 
 
-def run(url: str, connections: int, seconds: int, body_bytes: int = 0) -> Load:
-    """Load `url` from one thread of wrk: GET, or POST with a body of that size.
+def run(url: str, request: Request, connections: int, seconds: int) -> Run:
+    """Load `url` with one request after another on each connection. One thread; whole seconds only.
 
-    wrk takes whole seconds only.
+    Raises WrkFailed.
     """
-    command = [find(), "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "10s"]
-    command += ["-s", str(POST), url, "--", str(body_bytes)] if body_bytes else [url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
+    before = own_cpu_s()
+    with script_of(request) as (options, arguments):
+        command = [find(), "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "10s"]
+        done = subprocess.run(
+            [*command, *options, url, *arguments], capture_output=True, text=True, timeout=seconds + 60
+        )
     if done.returncode:
-        sys.exit(f"wrk failed on {url}: {done.stdout}{done.stderr}")
-    return parse(done.stdout)
+        raise WrkFailed(f"wrk failed on {url}: {done.stdout}{done.stderr}")
+    return Run(parse(done.stdout), (own_cpu_s() - before) / seconds)
+
+
+def own_cpu_s() -> float:
+    """CPU time of the children that were waited for so far: of wrk, if nothing else ends meanwhile."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@contextmanager
+def script_of(request: Request) -> Iterator[tuple[list[str], list[str]]]:
+    """What to say before and after the URL; a plain GET needs no script, which costs wrk time."""
+    if request.method == "GET":
+        yield [], []
+        return
+    with tempfile.NamedTemporaryFile() as body:
+        body.write(request.body)
+        body.flush()
+        yield ["-s", str(POST)], ["--", request.method, request.content_type, body.name]
 
 
 def parse(text: str) -> Load:
@@ -72,5 +109,5 @@ def parse(text: str) -> Load:
 def found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     if match is None:
-        raise ValueError(f"wrk printed nothing like {pattern!r}:\n{text}")
+        raise WrkFailed(f"wrk printed nothing like {pattern!r}:\n{text}")
     return match[1]
