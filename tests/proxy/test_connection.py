@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
+import msgspec
 import pytest
-from fakes import DATE, Wire, get, post
+from fakes import DATE, SNAPSHOT, Wire, get, post
 
 from headgate.core.http11 import IDLE
+from headgate.core.state import Traffic
 from headgate.errors import BackendOverloaded, ReplicaDied
 
 DATED = b"date: Sun, 06 Nov 1994 08:49:37 GMT\r\n"
@@ -44,6 +46,27 @@ def test_a_request_goes_to_its_endpoint_and_the_answer_back(wire: Wire) -> None:
 def test_path_parameters_travel_raw(wire: Wire) -> None:
     wire.receive(get("/user/007/a%20b/c"))
     assert wire.meta()[1:4] == ["user", "/user/{id:int}/{rest:path}", ["007", "a b/c"]]
+
+
+def test_a_snapshot_is_obeyed_by_the_next_request_and_costs_no_new_table_where_no_route_is_new(wire: Wire) -> None:
+    wire.receive(get())
+    wire.reply()
+    table = wire.server.table
+    moved = Traffic((("other", 1.0),))
+    first, *others = SNAPSHOT.endpoints
+    wire.server.follow(
+        msgspec.structs.replace(
+            SNAPSHOT, version=2, endpoints=(msgspec.structs.replace(first, traffic=moved), *others)
+        )
+    )
+    wire.receive(get())
+    wire.reply()
+    assert wire.router.callers[-1].endpoint.traffic == moved
+    assert wire.server.table is table
+
+    wire.server.follow(msgspec.structs.replace(SNAPSHOT, version=3, endpoints=tuple(others)))
+    wire.receive(get())
+    assert wire.output.rpartition(b"HTTP/1.1 ")[2].startswith(b"404 ")
 
 
 REQUESTS = {

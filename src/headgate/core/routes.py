@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias
@@ -35,6 +36,7 @@ _REGEX: Mapping[str, str] = {
 }
 _PARAMETER = re.compile(r"\{([a-zA-Z_][a-zA-Z0-9_]*)(?::([a-zA-Z_][a-zA-Z0-9_]*))?\}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_KEPT = 4096  # templates, and segments of them: with each snapshot nearly all come again
 
 Raw: TypeAlias = tuple[str, ...]
 Outcome: TypeAlias = (
@@ -77,6 +79,11 @@ def compile_route(template: str) -> Route:
     """
     if not isinstance(template, str) or not template.startswith("/"):
         raise ArgumentError(f"route must be a str that starts with '/', got {template!r}")
+    return _compile(template)
+
+
+@lru_cache(maxsize=_KEPT)
+def _compile(template: str) -> Route:
     if _CONTROL.search(template):
         raise ConfigError(f"route {template!r} contains a control character; remove it")
     if any(brace in _PARAMETER.sub("", template) for brace in "{}"):
@@ -296,6 +303,7 @@ def _served(methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*given, "HEAD"] if "GET" in given else given))
 
 
+@lru_cache(maxsize=_KEPT)
 def _regex(text: str) -> str:
     """The regular expression of a template, or of a segment of one, without anchors."""
     regex, at = "", 0

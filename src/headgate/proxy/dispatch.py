@@ -18,8 +18,7 @@ from headgate.proxy.admin import PREFIX
 from headgate.proxy.answer import Answering
 
 if TYPE_CHECKING:
-    from headgate.core.routes import RouteTable
-    from headgate.core.state import Endpoint
+    from headgate.core.state import Endpoint, Snapshot
     from headgate.proxy.asgi import Exchange
     from headgate.proxy.server import Server
     from headgate.proxy.upload import Upload
@@ -38,7 +37,7 @@ class Dispatching(Answering):
         self.client = self.local = ("", 0)
         self._tail = b""  # client and server, as a request's meta has them
         # Where the newest head leads, so that the same one again is not routed twice.
-        self._table: RouteTable | None = None  # by which it was routed
+        self._routed_by: Snapshot | None = None
         self._target: Any = None
         self._routed = b""  # endpoint, template and parameters, as a request's meta has them
         self._special: fields.Fields | None = None
@@ -69,7 +68,7 @@ class Dispatching(Answering):
         """The request is complete: send it on its way."""
         self.state = RUNNING
         server = self.server
-        if self._table is not server.table and not self._route(head):
+        if self._routed_by is not server.snapshot and not self._route(head):
             return
         special = self._special
         if special is None:
@@ -103,7 +102,7 @@ class Dispatching(Answering):
         target = server.targets[outcome[1]]
         self._target = target.endpoint
         self._routed = target.route + encode(outcome[2]) if outcome[2] else target.route_alone
-        self._table = server.table
+        self._routed_by = server.snapshot
         return True
 
     def _submit_upload(self, upload: Upload, endpoint: Endpoint, key: str | None) -> None:

@@ -169,7 +169,7 @@ class Intake(Dispatching):
         self.facts = head
         self._body_follows = head.chunked or head.content_length > 0
         self._known = b"" if head.special else raw
-        self._table = None
+        self._routed_by = None
         return end
 
     def _wait_for_head(self, data: bytes) -> None:

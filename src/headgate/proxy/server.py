@@ -87,6 +87,7 @@ class Server:
         self.second_opinion = SecondOpinion()
         self.view = memoryview(bytearray(_READ_BYTES))
         self.table = RouteTable(())
+        self._routes: list[tuple[str, str, tuple[str, ...]]] = []
         self.targets: dict[str, Target] = {}
         self.snapshot = Snapshot()
         self.leaving = False
@@ -108,8 +109,9 @@ class Server:
         """Route by `snapshot` from now on."""
         self.router.follow(snapshot)
         self.snapshot = snapshot
-        routed = [(each.name, each.route, each.methods) for each in snapshot.endpoints if each.route is not None]
-        self.table = RouteTable(routed)
+        routes = [(each.name, each.route, each.methods) for each in snapshot.endpoints if each.route is not None]
+        if routes != self._routes:  # most changes concern no route
+            self._routes, self.table = routes, RouteTable(routes)
         self.targets = {each.name: _target(each) for each in snapshot.endpoints}
 
     def new_id(self) -> bytes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
@@ -29,8 +29,6 @@ Address = tuple[str, int] | None
 
 #: How often a coroutine that waits for `http.disconnect` looks whether the client has gone.
 DISCONNECT_POLL_S = 0.05
-
-_route = lru_cache(maxsize=4096)(compile_route)
 
 
 class Received(Protocol):
@@ -120,7 +118,7 @@ class HTTPRequest(Request):
     @cached_property
     def _path_params(self) -> dict[str, Any]:
         received = self._received
-        return convert(_route(received.template), received.parameters) if received.template else {}
+        return convert(compile_route(received.template), received.parameters) if received.template else {}
 
     @cached_property
     def _raw_body(self) -> bytes | memoryview:
