@@ -10,7 +10,8 @@ end of what it belongs to:
     the instance ended          the supervisor, last of all
     the supervisor was killed   the driver that started it; the next start, if that driver is gone too
 
-What has cleared its environment besides is ended by the supervisor only, by the mark. Nothing here is imported before it is needed.
+What has cleared its environment besides is ended by the supervisor only, by the mark. Nothing here
+is imported before it is needed.
 """
 
 from __future__ import annotations
