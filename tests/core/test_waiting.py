@@ -28,6 +28,14 @@ def test_the_oldest_request_leaves_first():
     assert drained(queued(1, 2, 3)) == [1, 2, 3]
 
 
+def test_the_oldest_can_be_looked_at_and_stays():
+    waiting = queued(2, 3)
+    assert waiting.oldest == Request(2)
+    waiting.push_front(Request(1))
+    assert waiting.oldest == Request(1)
+    assert drained(waiting) == [1, 2, 3]
+
+
 def test_a_request_beyond_the_limit_is_not_queued():
     waiting = queued(1, 2)
 
@@ -101,6 +109,7 @@ class AgainstAList(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule()
     def pop(self):
+        assert self.waiting.oldest == self.model[0]
         request = self.waiting.pop()
         assert request == self.model.pop(0)
         self.under_way.append(request)
