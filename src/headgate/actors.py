@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logs.get("actors")
 
+#: How long Ray may take to end a replica's process once it has left.
+_EXIT_S = 3.0
+
 
 class ControllerActor:
     """The controller: the one of the local engine, with the cluster as its engine and its store.
@@ -181,6 +184,9 @@ class ReplicaActor:
         if self._leaving is not None:
             self._leaving.set()
         self._home.unwatch()
+        last_resort = threading.Timer(_EXIT_S, os._exit, (0,))  # Ray waits for whoever holds a ref of this process
+        last_resort.daemon = True
+        last_resort.start()
         cluster.exit_actor()
 
     def _run(self) -> None:
