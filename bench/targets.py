@@ -1,4 +1,4 @@
-"""What the benchmark is to show (issue 5), as data: which figures, above which others, within which bounds.
+"""What the benchmark is to show, as data: which figures, above which others, within which bounds.
 
 A target without a bound is there to be reported.
 """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 
+import headgate
 from headgate import signals
 from headgate.wire.thread import HeadgateThread
 
@@ -207,3 +210,53 @@ def test_on_a_thread_the_block_changes_nothing() -> None:
             return signal.getsignal(signal.SIGINT)
 
     assert on_a_thread(inside) is before
+
+
+# --- client.wait() ---
+
+
+class StandIn:
+    """What `Client.wait` needs of an instance; it is gone by itself after a while."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+    def when_gone(self, act: Callable[[], object]) -> None:
+        self._timer = threading.Timer(0.05, act)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def check(self) -> None:
+        pass
+
+
+def ends_the_wait(handler: Any) -> bool:
+    """Whether it is that of the wait, and not the one of the end that follows, which ends the process."""
+    interrupts = getattr(handler, "__self__", None)
+    return isinstance(interrupts, signals.Interrupts) and getattr(interrupts._then, "__name__", "") != "_force"
+
+
+def test_a_signal_in_any_line_of_a_wait_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the handler runs while the waiting code holds a lock, it must not want that lock."""
+    monkeypatch.setattr(headgate.Client, "shutdown", lambda self: sys.settrace(None))
+    handler = signal.getsignal(signal.SIGTERM)
+    hits = 0
+    for at in range(40):
+        lines = 0
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal lines, hits
+            if event == "line" and ends_the_wait(signal.getsignal(signal.SIGTERM)):
+                lines += 1
+                if lines - 1 == at:  # noqa: B023
+                    hits += 1
+                    signal.raise_signal(signal.SIGTERM)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            headgate.Client(StandIn(), None, None).wait()  # type: ignore[arg-type]
+        finally:
+            sys.settrace(None)
+    assert hits >= 4
+    assert signal.getsignal(signal.SIGTERM) == handler

@@ -8,9 +8,10 @@ pass here: handle.py.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from headgate import config as configs
@@ -260,11 +261,12 @@ class Client:
         A second signal while it drains ends everything at once. Raises InstanceError if the
         instance ends by itself.
         """
-        wake = threading.Event()
-        self._instance.when_gone(wake.set)
-        with Interrupts(wake.set):
+        wake: SimpleQueue[None] = SimpleQueue()  # not an Event: its lock may be held here when a handler sets it
+        end = partial(wake.put, None)
+        self._instance.when_gone(end)
+        with Interrupts(end):
             self._instance.check()
-            wake.wait()
+            wake.get()
         self._instance.check()
         with Interrupts(self._force):
             self.shutdown()

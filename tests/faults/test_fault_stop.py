@@ -15,7 +15,7 @@ from running import Script, eventually, instance_pids
 pytestmark = pytest.mark.local("signals and exit statuses of the program that owns the instance's processes")
 
 PROGRAM = """
-import asyncio, signal, threading, time
+import asyncio, queue, signal, time
 import headgate
 
 client = headgate.start(http_options={"port": 0})
@@ -37,9 +37,9 @@ print(client.http_address, flush=True)
 """
 
 SHUTDOWN = """
-go = threading.Event()
-signal.signal(signal.SIGUSR1, lambda *_: go.set())
-go.wait()
+go = queue.SimpleQueue()  # an Event's lock may be held here when the handler sets it
+signal.signal(signal.SIGUSR1, lambda *_: go.put(None))
+go.get()
 client.shutdown()
 """
 
