@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class Chaos:
         while not is_over():
             if not kinds:
                 kinds = [self.replica, self.stop, self.proxy, self.controller, self.scale, self.update, self.slow]
+                kinds += [self.freeze, self.resets, self.traffic, self.backend]
                 self.promise.random.shuffle(kinds)
             kind = kinds.pop()
             self.done[kind.__name__] += 1
@@ -114,6 +116,42 @@ class Chaos:
         with contextlib.suppress(LookupError):
             _send(pid_of(key_of(self.client), "headgate-ctl"), signal.SIGKILL)
 
+    async def freeze(self) -> None:
+        """The proxy or the controller stands still for less than it takes to be replaced."""
+        with contextlib.suppress(LookupError):
+            pid = pid_of(key_of(self.client), self.promise.random.choice(["headgate-proxy", "headgate-ctl"]))
+            self._stopped.add(pid)
+            _send(pid, signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(1.0, _send, pid, signal.SIGCONT)
+
+    async def resets(self) -> None:
+        """Clients that go away while their requests wait or run."""
+        for number in range(10):
+            with contextlib.suppress(OSError):
+                connection = await Connection(address_of(self.client)).open()
+                await connection.send(f"/it?id=reset-{self.done['resets']}-{number}")
+                await asyncio.sleep(self.promise.random.choice([0.0, 0.01]))
+                connection.reset()
+
+    async def traffic(self) -> None:
+        share = self.promise.random.random()
+        self._change("set_traffic", {"it": share, "spare": 1 - share})
+
+    async def backend(self) -> None:
+        """One is made and deleted, with an endpoint of its own."""
+        self._task(self._make_and_delete())
+
+    async def _make_and_delete(self) -> None:
+        async with self._lock:
+            for method, *arguments in (
+                ("create_backend", "short", worker(self.log, "short")),
+                ("create_endpoint", "short"),
+                ("delete_endpoint", "short"),
+                ("delete_backend", "short"),
+            ):
+                named = {"backend": "short", "route": "/short"} if method == "create_endpoint" else {}
+                await self._call(method, *arguments, **named)
+
     async def scale(self) -> None:
         self._change("update_backend_config", {"num_replicas": self.promise.random.randrange(2, 5)})
 
@@ -123,12 +161,18 @@ class Chaos:
     def _change(self, method: str, argument: Any) -> None:
         async def change() -> None:
             async with self._lock:
-                try:
-                    await in_thread(getattr(self.client, method), "it", argument)
-                except headgate.HeadgateError as error:  # the replica that it waited for was killed
-                    self.refused.append(f"{method}: {type(error).__name__}")
+                await self._call(method, "it", argument)
 
-        task = asyncio.create_task(change())
+        self._task(change())
+
+    async def _call(self, method: str, *arguments: Any, **named: Any) -> None:
+        try:
+            await in_thread(functools.partial(getattr(self.client, method), *arguments, **named))
+        except headgate.HeadgateError as error:  # the replica that it waited for was killed
+            self.refused.append(f"{method}: {type(error).__name__}")
+
+    def _task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._changing.add(task)
         task.add_done_callback(self._changing.discard)
 
@@ -183,6 +227,7 @@ def test_under_all_faults_nothing_runs_twice_and_everything_is_answered(
     wanted = promise.size(full=10_000, small=1_000)
     config = {"num_replicas": 3, "max_concurrent_queries": 100, "request_timeout_s": 15.0}
     handle = serve(client, worker(log, "v0"), **config)
+    client.create_backend("spare", worker(log, "spare"), config=config)
     chaos = Chaos(client, promise, log)
 
     async def main(callers: Callers) -> Load:
@@ -214,6 +259,7 @@ def test_under_all_faults_nothing_runs_twice_and_everything_is_answered(
         for outcome in callers.outcomes.values()
     )
     assert set(calls) <= {"answered", "ReplicaDied", "RequestTimeout"}, calls
+    assert {id for id, outcome in callers.outcomes.items() if isinstance(outcome, str)} <= started.keys()
     assert http[200] > 0.8 * running.sent
     promise.none_of(running.sent + len(callers.outcomes), "ids run twice or not answered")
     promise.says(f"HTTP {dict(http)} (0: reset, held by a killed proxy), handle {dict(calls)}")
