@@ -20,6 +20,7 @@ from headgate.core.replies import (
     http_date,
     reply_head,
     reply_head_with,
+    reply_start,
 )
 from headgate.errors import ConfigError
 
@@ -71,6 +72,10 @@ def test_connection_is_said_when_it_is_not_understood(close, http10, connection)
         reply_head_with(200, b"", 0, b"id", DATE, close, http10),
     ):
         assert read(head)[2].get(b"connection") == connection
+
+
+def test_an_ordinary_reply_is_its_start_the_id_and_an_empty_line():
+    assert reply_head(200, 2, 17, b"id", DATE, False, False) == reply_start(200, 2, 17, DATE) + b"id\r\n\r\n"
 
 
 @pytest.mark.parametrize(("status", "length"), [(204, None), (304, None), (205, b"0")])

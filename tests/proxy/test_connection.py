@@ -43,6 +43,44 @@ def test_a_request_goes_to_its_endpoint_and_the_answer_back(wire: Wire) -> None:
     assert not wire.transport.closing
 
 
+def test_the_same_request_again_has_an_id_and_a_date_of_its_own(wire: Wire) -> None:
+    wire.server.count = 0xFFE  # ids carry over into their upper digits next
+    for second in range(3):
+        wire.server.sweep(float(second), DATE + second)
+        wire.receive(get())
+        wire.reply(b"a" * second)
+    heads = wire.output.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    ids = [head.partition(b"x-request-id: ")[2][:20] for head in heads]
+    assert [id[9:] for id in ids] == [b"00000000fff", b"00000001000", b"00000001001"]
+    assert len({id[:9] for id in ids}) == 1
+    assert wire.meta()[0].encode() == ids[-1]
+    assert [b"08:49:3%d GMT" % (7 + second) in head for second, head in enumerate(heads)] == [True] * 3
+    assert [b"content-length: %d\r\n" % second in head for second, head in enumerate(heads)] == [True] * 3
+
+
+def test_the_starts_of_replies_that_are_kept_are_few(wire: Wire) -> None:
+    for size in range(3000):
+        wire.server.starts.make(200 | 1 << 16, size)
+    assert len(wire.server.starts) <= 1024
+    assert b"content-length: 2999\r\n" in wire.server.starts[200 | 1 << 16, 2999]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_the_same_request_again_goes_by_a_newer_snapshot_and_ends_with_the_server(wire: Wire, version: str) -> None:
+    request = get("/hello", "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/" + version.encode())
+    for leaving in (False, True):
+        wire.receive(request)
+        wire.receive(request)  # while the first one runs
+        assert len(wire.router.callers) == 1 + 2 * leaving
+        if leaving:
+            wire.server.leave()
+        wire.reply()
+        if not leaving:
+            wire.reply()
+    assert wire.transport.closing or wire.transport.eof_written
+    assert b"connection: close" in wire.output.rpartition(b"HTTP/1.1 ")[2]
+
+
 def test_path_parameters_travel_raw(wire: Wire) -> None:
     wire.receive(get("/user/007/a%20b/c"))
     assert wire.meta()[1:4] == ["user", "/user/{id:int}/{rest:path}", ["007", "a b/c"]]

@@ -41,6 +41,8 @@ _NEVER = float("inf")
 class Connection(Intake, asyncio.BufferedProtocol):
     """One client's connection, from accept to close."""
 
+    __slots__ = ("_untaken",)
+
     def __init__(self, server: Server) -> None:
         super().__init__(server)
         self._untaken = 0  # bytes the client had not taken when the sweep last looked

@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 class Dispatching(Answering):
     """One connection's way to the router."""
 
+    __slots__ = (
+        "_after_id", "_routed", "_routed_by", "_special", "_tail", "_target", "_untidy", "client", "exchange", "facts",
+        "local", "since", "state", "upload",
+    )  # fmt: skip
+
     def __init__(self, server: Server) -> None:
-        self.server = server
+        super().__init__(server)
         self.state = IDLE
         self.since = server.now  # when the state began or last made progress
         self.facts: Head | None = None
@@ -39,6 +44,7 @@ class Dispatching(Answering):
         # Where the newest head leads, so that the same one again is not routed twice.
         self._routed_by: Snapshot | None = None
         self._target: Any = None
+        self._after_id = b""  # with `_tail`
         self._routed = b""  # endpoint, template and parameters, as a request's meta has them
         self._special: fields.Fields | None = None
         self._untidy = False  # the request holds more than its head and meta
@@ -72,7 +78,7 @@ class Dispatching(Answering):
             return
         special = self._special
         if special is None:
-            self.meta = b"\x98\xb4%b%b%b" % (self.request_id, self._routed, self._tail)
+            self.meta = b"".join((b"\x98\xb4", self.request_id, self._after_id))
             key = None
         else:
             tail = self._tail
@@ -102,6 +108,7 @@ class Dispatching(Answering):
         target = server.targets[outcome[1]]
         self._target = target.endpoint
         self._routed = target.route + encode(outcome[2]) if outcome[2] else target.route_alone
+        self._after_id = self._routed + self._tail
         self._routed_by = server.snapshot
         return True
 

@@ -39,6 +39,8 @@ _EMPTY_LINE = (b"\r", b"\r\n")
 class Intake(Dispatching):
     """One connection's requests."""
 
+    __slots__ = ("_body_follows", "_busy", "_filling", "_incoming", "_known", "_rest", "_unread")
+
     def __init__(self, server: Server) -> None:
         super().__init__(server)
         # The newest head, so that the same one again is not judged twice.
@@ -64,13 +66,24 @@ class Intake(Dispatching):
             if self._filling is not None:
                 self._fill(nbytes)
                 return
-            data = bytes(self.server.view[:nbytes])
+            data = self.server.view[:nbytes].tobytes()
+            if data == self._known and self.state == IDLE and not (self._body_follows or self._rest or self.paused):
+                self._send_again()
+                return
             if self._rest:
                 data, self._rest = self._rest + data, b""
             self._take(data)
         except Exception:
             log.exception("a connection failed")
             self.abort()
+
+    def _send_again(self) -> None:
+        """A request came that is the same as the newest, and nothing else."""
+        head, server = self.facts, self.server
+        assert head is not None
+        self.request_id = server.new_id()
+        self.last = server.leaving or not head.keep_alive
+        self._dispatch(head)
 
     def _take(self, data: bytes) -> None:
         """Look at what was received, until a request runs or more is needed."""
@@ -129,8 +142,7 @@ class Intake(Dispatching):
             end = self._judge(data)
             if not end:
                 return b""
-        server.count = count = server.count + 1
-        self.request_id = b"%b%011x" % (server.id_prefix, count)
+        self.request_id = server.new_id()
         head = self.facts
         assert head is not None
         if head.special:

@@ -27,6 +27,7 @@ from headgate.core.routes import RouteTable
 from headgate.core.state import Endpoint, Snapshot
 from headgate.engine import listener
 from headgate.proxy import admin, fields
+from headgate.proxy.answer import Starts
 from headgate.proxy.budget import Budget
 from headgate.proxy.connection import Connection
 from headgate.proxy.door import Door
@@ -59,6 +60,7 @@ _TRIM_S = 5.0
 _QUEUE_S = 0.5
 _LAST_REQUEST_S = 0.1
 _LOOK_S = 0.005
+_THREE_DIGITS = [b"%03x" % number for number in range(0x1000)]
 #: How long to wait for a first snapshot before clients are answered without one.
 _SNAPSHOT_S = 2.0
 
@@ -92,10 +94,12 @@ class Server:
         self.snapshot = Snapshot()
         self.leaving = False
         self.count = 0  # requests so far
-        self.id_prefix = os.urandom(4).hex().encode() + b"-"
+        self._id_prefix = os.urandom(4).hex().encode() + b"-"
+        self._id_start = b"%b%08x" % (self._id_prefix, 0)
         self.tick_s = max(0.02, min(0.5, self._shortest_timeout_s() / 4))
         self.now = 0.0
         self.date = b""
+        self.starts = Starts()
         self._date_of = 0
         self._trim_at = 0.0
 
@@ -116,8 +120,11 @@ class Server:
 
     def new_id(self) -> bytes:
         """An id for a request that brings none."""
-        self.count += 1
-        return b"%b%011x" % (self.id_prefix, self.count)
+        self.count = count = self.count + 1
+        low = count & 0xFFF
+        if not low:
+            self._id_start = b"%b%08x" % (self._id_prefix, count >> 12)
+        return self._id_start + _THREE_DIGITS[low]
 
     def borrow(self, owner: Dispatching, size: int) -> Upload | None:
         """Room in the arena for a body, if there is and it pays."""
@@ -143,6 +150,7 @@ class Server:
         if int(wall) != self._date_of:
             self._date_of = int(wall)
             self.date = http_date(self._date_of)
+            self.starts.follow(self.date)
         for connection in list(self.connections):
             connection.sweep(now)
         if self.lender is not None and now >= self._trim_at:

@@ -156,7 +156,7 @@ class Link(asyncio.BufferedProtocol):
             if self._framer.expected:
                 frames = self._framer.big_filled(nbytes)
             else:
-                frames = self._framer.feed(bytes(self._view[:nbytes]))
+                frames = self._framer.feed(self._view[:nbytes].tobytes())
             if frames:
                 self.on_frames(frames)
         except ProtocolError as error:

@@ -87,7 +87,7 @@ class ReplicaLink(Link):
         if size <= WHOLE_BYTES:
             frame = _pack(size, _CALL, caller.flags, len(meta), slot, arg)
             send = self.send_at_once if len(self._pending) == 1 else self.send
-            send(b"%b%b%b%b" % (frame, meta, head, body) if body else frame + meta + head)
+            send(b"".join((frame, meta, head, body)))
         else:
             self._upload(slot, caller.flags, arg, meta, head, memoryview(body))
         caller.on_assigned()
