@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -404,7 +405,7 @@ def test_what_the_cluster_can_never_give_is_named(stage: Stage, options: dict[st
     eventually(lambda: stage.client.status().replicas == ())
 
 
-def test_what_is_busy_is_waited_for_and_status_says_so(stage: Stage) -> None:
+def test_what_is_busy_is_waited_for_and_status_and_log_say_so(stage: Stage) -> None:
     @ray.remote(num_cpus=0, resources={"c": 10})
     class Holder:
         def here(self) -> None: ...
@@ -425,6 +426,9 @@ def test_what_is_busy_is_waited_for_and_status_says_so(stage: Stage) -> None:
         (waiting,) = eventually(lambda: [one for one in stage.client.status().waiting if "resource 'c'" in one], 15)
         assert "'it'" in waiting
         assert thread.is_alive()
+        logs = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1] / "logs"
+        said = b"waits for 1 of the resource 'c'"
+        eventually(lambda: any(said in path.read_bytes() for path in logs.glob("worker-*.err")), 20)
     finally:
         ray.kill(holder)
         thread.join(30)

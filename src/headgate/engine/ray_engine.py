@@ -38,6 +38,8 @@ STUCK_S = 1.0
 #: How long a drained replica may take to hand its last answers over to Ray.
 LEAVE_S = 1.0
 _START_S = 10.0
+#: When a replica that waits for its resources is spoken of in the log: nobody else says why a call does not return.
+_SAY_FIRST_S, _SAY_AGAIN_S = 5.0, 30.0
 _CLOSE_S = 10.0
 _BLOCK = 100  # ids
 _COUNT = "count"
@@ -57,6 +59,7 @@ class _Replica:
         self.killed = False
         self.dead = ""  # why, as soon as Ray says so
         self.waits_for = "for Ray to place it"
+        self.say_at = now + _SAY_FIRST_S
         self.process = Process(id, "replica", spec.backend, spec.version, 0, now, "")
 
 
@@ -348,6 +351,9 @@ class RayEngine:
         for known in unborn:
             wanted = placement.demand(known.spec.resources)
             known.waits_for = placement.lacking(wanted, self._nodes) or placement.busy(wanted, free)
+            if known.waits_for and (now := self._loop.time()) >= known.say_at:
+                known.say_at = now + _SAY_AGAIN_S
+                log.warning("replica %s waits %s", known.id, known.waits_for)
 
     # --- all of it ---
 
