@@ -27,9 +27,12 @@ def test_a_slot_that_comes_free_while_nobody_waits_is_anybody_s():
 
 def test_a_slot_that_comes_free_is_kept_for_the_link_that_was_refused():
     slots = full()
+    assert not slots.owes
     slots.offer("b")
+    assert slots.owes
 
     assert slots.free() == "b"
+    assert not slots.owes
     assert (slots.held, slots.reserved) == (1, 1)
     assert not slots.offer("a")
     assert slots.offer("b")

@@ -30,7 +30,7 @@ class PlainOnLoop(PlainThread):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queued: list[Any] = []
+        self.queued: list[Callable[[], None]] = []
         self.put = self._put  # type: ignore[method-assign]
 
     def _put(self, work: Any) -> None:
@@ -38,12 +38,7 @@ class PlainOnLoop(PlainThread):
         asyncio.get_running_loop().call_soon(self._next)
 
     def _next(self) -> None:
-        work = self.queued.pop(0)
-        if type(work) is tuple:
-            assert self._call is not None
-            self._call(*work)
-        else:
-            work()
+        self.queued.pop(0)()
 
 
 class RouterEnd(Link):

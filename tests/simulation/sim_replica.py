@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -21,6 +21,7 @@ from headgate.core.state import Settings
 from headgate.replica.callable import LoadedCallable
 from headgate.replica.links import CallerLink
 from headgate.replica.plain import PlainThread
+from headgate.replica.plain_calls import PlainCalls
 from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import ControlClient
@@ -129,6 +130,7 @@ class SimReplica:
         self.worker = Worker(
             _loaded(spec.code_path), spec.settings, self.plain, on_drained=on_drained, on_linked=on_linked
         )
+        self.worker.plain_calls = SimCalls(self.worker, self.plain)
         for address in addresses:
             listener: Any = Listener(network, loop, address)
             MemoryAcceptor(listener, b"", self._admit).open()
@@ -181,38 +183,54 @@ class SimPlain(PlainThread):
         self.takes_s = 0.0
         self.tasks: list[Task] = []
         self._replica = replica
-        self._waiting: deque[Any] = deque()
+        self._waiting: deque[Iterator[None]] = deque()
         self._busy = False
         self.put = self._put  # type: ignore[method-assign]
 
-    def _put(self, work: Any) -> None:
-        self._waiting.append(work)
+    def _put(self, work: Callable[[], None]) -> None:
+        def step() -> Iterator[None]:
+            work()
+            yield
+
+        self.put_steps(step())
+
+    def put_steps(self, steps: Iterator[None]) -> None:
+        """User code runs in each step; what it has taken passes before the next."""
+        self._waiting.append(steps)
         self._replica.loop.call_soon(self._next)
 
-    @property
-    def idle(self) -> bool:
-        return not self._done and not self._waiting and not self.takes_s
-
     def _next(self) -> None:
-        if self._busy or not self._waiting:
+        if not self._busy and self._waiting:
+            self._busy = True
+            self._step(self._waiting.popleft())
+
+    def _step(self, steps: Iterator[None]) -> None:
+        self.takes_s, self.tasks = 0.0, []
+        for _ in steps:
+            self._replica.loop.call_later(self.takes_s, self._has_run, steps)
             return
-        self._busy, self.takes_s, self.tasks = True, 0.0, []
-        work = self._waiting.popleft()
-        if type(work) is tuple:
-            assert self._call is not None
-            self._call(*work)
-        else:
-            work()
-        self._replica.loop.call_later(self.takes_s, self._has_run)
+        self._busy = False
+        self._drain()
+        self._next()
+
+    def _has_run(self, steps: Iterator[None]) -> None:
+        self._replica.over(self.tasks)
+        self._drain()
+        self._step(steps)
 
     def done(self, request: Any, outcome: Any) -> None:
         self._done.append((request, outcome))
 
-    def _has_run(self) -> None:
-        self._replica.over(self.tasks)
-        self._busy = False
-        self._drain()
-        self._next()
+
+class SimCalls(PlainCalls):
+    """Calls of plain handlers, each of which takes its time."""
+
+    def __init__(self, worker: Worker, plain: SimPlain) -> None:
+        super().__init__(worker)
+        self._plain = plain
+
+    def _give(self, calls: Any) -> None:
+        self._plain.put_steps(self.steps(calls))
 
 
 # --- user code ---

@@ -25,6 +25,7 @@ import headgate.backend_route
 import headgate.controller.health
 import headgate.replica.batches
 import headgate.replica.job
+import headgate.replica.plain_calls
 import headgate.wire.control
 import headgate.wire.remote_link
 import headgate.wire.replica_link
@@ -108,7 +109,7 @@ class End:
         return unread
 
     def send(self, data: bytes) -> int:
-        """As CallerLink.send_now does."""
+        """As CallerLink.send_from_any_thread does."""
         if self.peer.broken:
             raise BrokenPipeError
         self.write(data)
@@ -335,6 +336,7 @@ class Network:
             (control, "Acceptor", MemoryAcceptor),
             (headgate.replica.batches, "monotonic", self.world.time),
             (headgate.replica.job, "monotonic", self.world.time),
+            (headgate.replica.plain_calls, "perf_counter", self.world.time),
             (headgate.controller.health, "is_stopped_in_proc", self._is_stopped),
             (Caller, "__hash__", hash_of),
             (Link, "__hash__", hash_of),

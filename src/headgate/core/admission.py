@@ -52,6 +52,11 @@ class Admission(Generic[Link]):
         """Free slots that are kept for links with a grant."""
         return self._kept
 
+    @property
+    def owes(self) -> bool:
+        """Whether a link waits for a slot."""
+        return bool(self._owed)
+
     def offer(self, link: Link, want: int = 0) -> bool:
         """A call came in on `link`: True takes a slot, False means BUSY.
 

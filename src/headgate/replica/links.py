@@ -46,6 +46,7 @@ class CallerLink(Link):
         worker.linked(self)
 
     def on_frames(self, frames: list[Frame]) -> None:
+        self.worker.settle()
         for kind, flags, meta_len, slot, arg, source, start, end in frames:
             if kind == framing.CALL:
                 self._call(flags, meta_len, slot, arg, source, start, end)
@@ -144,33 +145,31 @@ class CallerLink(Link):
 
     def cut(self, null: int) -> None:
         """In a fork: have the connection's descriptors lead to `null`, so that the parent alone uses it."""
+        self._writing = threading.RLock()  # whoever holds the other is not in this process
         if not self.closed and self._raw is not None and self._transport is not None:
             for fd in (self._raw.fileno(), self._transport.get_extra_info("socket").fileno()):
                 os.dup2(null, fd, inheritable=False)
 
-    def send_now(self, frame: bytes) -> bool:
-        """Write from another thread than the loop's, if nothing waits to be written; False if something does.
-
-        Spares an answer the loop's waking up. Nothing but the loop's `flush` writes otherwise, and
-        not while this does.
-        """
-        if self._raw is None or not self._writing.acquire(blocking=False):
-            return False
-        try:
-            if self.closed or self.unsent:
-                return False
-            sent = self._raw.send(frame)
-            if sent < len(frame):
-                self._out.insert(0, frame[sent:])
-                self.worker.from_any_thread(self.flush)
-            return True
-        except OSError:  # full, or gone
-            return False
-        finally:
-            self._writing.release()
+    def send_from_any_thread(self, data: bytes) -> None:
+        """Write whole frames now, after what waits to be written; what the kernel does not take the loop writes."""
+        with self._writing:
+            if self.closed or self._raw is None:
+                return
+            if self.unsent:
+                self._out.append(data)
+            else:
+                sent = 0
+                try:
+                    sent = self._raw.send(data)
+                except OSError:  # full, or gone: the loop finds out which
+                    pass
+                if sent == len(data):
+                    return
+                self._out.insert(0, data[sent:])  # before what the loop has sent meanwhile: a frame goes on here
+            self.worker.from_any_thread(self.flush)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        with self._writing:  # send_now must not write to a descriptor that is closed, and may be another's by then
+        with self._writing:  # no other thread may write to a descriptor that is closed, and may be another's by then
             super().connection_lost(exc)
 
     def borrow(self, offset: int, size: int) -> memoryview:
@@ -198,6 +197,7 @@ class CallerLink(Link):
             self.worker.cancel(job)
             if job.upload is not None and job.uploaded != len(job.upload):
                 self.finish(job, b"")
+        self.worker.read_done()  # of a read that broke off in the middle
 
     def on_resume(self) -> None:
         for job in list(self.jobs.values()):

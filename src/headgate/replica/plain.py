@@ -12,36 +12,25 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-#: A call to be made with `connect`'s `call`, or anything else that takes no argument.
-Work = tuple[Any, Any] | Callable[[], None]
-
 
 class PlainThread:
     """A queue of calls and the thread that empties it; `run` is that thread's main function."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Work | None] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._done: deque[tuple[Any, Any]] = deque()  # (request, what it ended with), on the way back
         self._signalled = False
         self._wake: Callable[[Callable[[], None]], None] | None = None
         self._finish: Callable[[Any, Any], None] | None = None
-        self._call: Callable[[Any, Any], None] | None = None
         self._thread: threading.Thread | None = None
         self.put = self._queue.put
 
-    def connect(
-        self,
-        call: Callable[[Any, Any], None],
-        wake: Callable[[Callable[[], None]], None],
-        finish: Callable[[Any, Any], None],
-    ) -> None:
+    def connect(self, wake: Callable[[Callable[[], None]], None], finish: Callable[[Any, Any], None]) -> None:
         """Whom this thread works for.
 
-        call     runs here, for each pair that is put
         wake     schedules a function on the worker's loop
         finish   runs there, for each `done`
         """
-        self._call = call
         self._wake = wake
         self._finish = finish
 
@@ -55,15 +44,7 @@ class PlainThread:
         """Do what is queued until `stop`. Whatever is queued catches what it raises itself."""
         get = self._queue.get
         while (work := get()) is not None:
-            if type(work) is tuple:
-                self._call(*work)  # type: ignore[misc]
-            else:
-                work()  # type: ignore[operator]
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is queued and nothing is on its way back."""
-        return not self._done and self._queue.empty()
+            work()
 
     def stop(self) -> None:
         """Let `run` return after what is queued now."""

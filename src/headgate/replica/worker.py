@@ -1,10 +1,10 @@
 """The replica's work: requests from all links to user code, and its results back.
 
-    links.py → Worker.take → batches.py or straight on → user code → outcome.py → Worker.finish → links.py
+    links.py → Worker.take → batches.py, plain_calls.py or straight on → user code → outcome.py → links.py
 
 The worker lives on the replica's loop, where links are read and `async def` handlers run; plain
-handlers run on the plain thread (plain.py), which hands frames that are ready to be written
-back. Whatever user code raises, SystemExit included, fails its own requests only.
+handlers run on the plain thread (plain.py), which writes what plain_calls.py is to answer itself and
+hands the rest back. Whatever user code raises, SystemExit included, fails its own requests only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from headgate.replica.job import Job, Outcome
 from headgate.replica.links import CallerLink
 from headgate.replica.outcome import Outcomes
 from headgate.replica.plain import PlainThread
+from headgate.replica.plain_calls import PlainCalls
 from headgate.replica.reservation import Reservations
 from headgate.replica.watch import STUCK_EXIT
 from headgate.wire.handshake import wire_name
@@ -76,12 +77,13 @@ class Worker:
         self._on_drained = on_drained
         self._on_linked = on_linked
         self._routers: Counter[str] = Counter()  # how many links each process has: one for each of its loops
+        self.plain_calls = PlainCalls(self)
         self._batches = Batches(self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._drained_told = False
-        plain.connect(self._run_plain, self._wake, self.finish)
+        plain.connect(self._wake, self.finish)
 
     # --- admission, called by links ---
 
@@ -140,12 +142,20 @@ class Worker:
         elif method.is_async:
             job.task = self._loop.create_task(self._run_async(job, method))
         else:
-            self.plain.put((job, method))
+            self.plain_calls.add(job, method)
 
     def read_done(self) -> None:
         """Everything that one read brought has been taken."""
+        if self.plain_calls.changed:
+            self.plain_calls.pump()
         if self._batches.changed:
             self._batches.pump()
+        if self.admission.owes:  # the thread does not know yet, perhaps, that slots are waited for
+            self.settle()
+
+    def settle(self) -> None:
+        """Free what answered requests held; before others are admitted."""
+        self.plain_calls.settle()
 
     def cancel(self, job: Job) -> None:
         """The caller does not wait any more: what has not started is dropped, async code is cancelled."""
@@ -173,32 +183,6 @@ class Worker:
                 extra={"request_id": job.request_id},
             )
             os._exit(STUCK_EXIT)
-
-    # --- on the plain thread ---
-
-    def _run_plain(self, job: Job, method: Method) -> None:
-        outcome: Outcome | None = job.refusal()
-        if outcome is None:
-            self.running = job
-            request = None
-            try:
-                job.mark_started()  # decoding a handle's value runs user code already
-                request = job.request(False)
-                result = method.function(request) if method.takes_request else method.function()
-                outcome = self.outcomes.of(job, request, result)
-                del result
-            except BaseException as error:  # noqa: BLE001 - user code may raise anything
-                outcome = self.outcomes.failure(job, error)
-            self.running = None
-            if self.is_fork:
-                os._exit(0)
-        if type(outcome) is bytes and self._is_alone() and job.link.send_now(outcome):
-            outcome = b""
-        self.plain.done(job, outcome)
-
-    def _is_alone(self) -> bool:
-        """Nothing would be joined with this answer, and the router may use its slot before it is freed here."""
-        return self.plain.idle and self.admission.held < self.settings.max_concurrent_queries
 
     # --- on the loop ---
 
@@ -285,6 +269,7 @@ class Worker:
     def drain(self) -> None:
         """Take nothing new; on_drained is called when nothing is left."""
         self.draining = True
+        self.settle()
         self.check_drained()
 
     def check_drained(self) -> None:
@@ -294,7 +279,8 @@ class Worker:
         if self.admission.held or self._tasks or self.reservations.has_consumers:
             return
         # Whoever is drained may be killed at once.
-        if self.reservations.is_handing_over or any(link.unsent for link in self.links):
+        is_sent = not self.plain_calls.is_busy and not any(link.unsent for link in self.links)
+        if self.reservations.is_handing_over or not is_sent:
             self._loop.call_later(_FLUSH_S, self.check_drained)
             return
         self._drained_told = True
