@@ -48,6 +48,7 @@ def main(name, path):
     example = subprocess.Popen([sys.executable, script], env={**os.environ, "PORT": str(port)})
     try:
         print(ask(example, port, path))
+        time.sleep(0.5)  # a route answers a moment before the call that makes it returns
     finally:
         example.send_signal(signal.SIGINT)
         try:

@@ -28,6 +28,8 @@ HEAD = b"GET /x?a=1 HTTP/1.1\r\nhost: h\r\n\r\n"
 class PlainOnLoop(PlainThread):
     """The plain thread's interface, run between the turns of the loop: no thread, same order."""
 
+    reads_links = False
+
     def __init__(self) -> None:
         super().__init__()
         self.queued: list[Callable[[], None]] = []

@@ -178,6 +178,8 @@ async def find(error: Exception | None) -> str | None:
 class SimPlain(PlainThread):
     """The plain thread: user code's effects come when it begins, its answers when it has taken its time."""
 
+    reads_links = False
+
     def __init__(self, replica: SimReplica) -> None:
         super().__init__()
         self.takes_s = 0.0

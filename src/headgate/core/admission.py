@@ -57,6 +57,11 @@ class Admission(Generic[Link]):
         """Whether a link waits for a slot."""
         return bool(self._owed)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether any link's call would be accepted, without a grant."""
+        return not self._owed and self._held + self._kept < self._limit
+
     def offer(self, link: Link, want: int = 0) -> bool:
         """A call came in on `link`: True takes a slot, False means BUSY.
 

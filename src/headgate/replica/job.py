@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 #: The frame that ends a request, or what to do on the loop to end it or to begin a streamed answer.
 Outcome = bytes | Callable[[], object]
 
+_NEVER = math.inf
 _pack = framing.HEADER.pack
 _ARENA = struct.Struct("<QQ")
 _HTTPMeta = tuple[str, str, str | None, list[str], str, int, tuple[str, int, str], str | None]
@@ -43,16 +44,11 @@ _decode_value = msgspec.msgpack.Decoder(_ValueMeta).decode
 class Job:
     """A request that was accepted; `finish` of its link ends it."""
 
-    # what few requests have; as defaults of the class they cost nothing
-    cancelled = False
-    timed_out = False
-    flow: Flow | None = None  # a streamed answer in progress
-    task: asyncio.Task[None] | None = None
-    upload: bytearray | None = None  # a body that came in pieces
-    uploaded = 0
-    borrowed = False  # memory of the router's, which is told when nothing refers to it
-    deadline = math.inf
-    _meta: Any = None
+    __slots__ = (
+        "__weakref__", "_meta", "body_end", "body_start", "borrowed", "cancelled", "deadline", "flags", "flow",
+        "head_end", "is_value", "link", "meta_end", "slot", "source", "start", "task", "timed_out", "upload",
+        "uploaded",
+    )  # fmt: skip
 
     def __init__(
         self, link: CallerLink, flags: int, meta_len: int, slot: int, arg: int, source: Any, start: int, end: int
@@ -67,8 +63,14 @@ class Job:
         self.head_end = self.body_start = self.meta_end + (arg >> 32 & 0xFFFF)
         self.body_end = end
         remaining_ms = arg & 0xFFFFFFFF
-        if remaining_ms:
-            self.deadline = monotonic() + remaining_ms / 1000
+        self.deadline = monotonic() + remaining_ms / 1000 if remaining_ms else _NEVER
+        self.cancelled = self.timed_out = False
+        self.flow: Flow | None = None  # a streamed answer in progress
+        self.task: asyncio.Task[None] | None = None
+        self.upload: bytearray | None = None  # a body that came in pieces
+        self.uploaded = 0
+        self.borrowed = False  # memory of the router's, which is told when nothing refers to it
+        self._meta: Any = None
 
     # --- what the caller sent ---
 
@@ -169,7 +171,7 @@ class Job:
             if self.timed_out:
                 return self.error(RequestTimeout("the request passed its deadline before it started"))
             return self.error(RequestCancelled("the caller had gone before the request started"))
-        if self.deadline != math.inf and self.deadline < monotonic():
+        if self.deadline != _NEVER and self.deadline < monotonic():
             return self.error(RequestTimeout("the request passed its deadline while it waited in the replica"))
         return None
 
@@ -178,9 +180,10 @@ class Job:
 
     def mark_started(self) -> None:
         """From here on user code may have run: the request is never sent elsewhere."""
-        page = self.link.page
-        if self.slot < len(page):
-            page[self.slot] = 1
+        try:
+            self.link.page[self.slot] = 1
+        except IndexError:  # beyond the page slots count as started
+            pass
 
     # --- its outcome ---
 

@@ -45,6 +45,10 @@ class CallerLink(Link):
         self._writing = threading.RLock()  # flush is part of send_with
         worker.linked(self)
 
+    def buffer_updated(self, nbytes: int) -> None:
+        with self.worker.lock:
+            super().buffer_updated(nbytes)
+
     def on_frames(self, frames: list[Frame]) -> None:
         self.worker.settle()
         for kind, flags, meta_len, slot, arg, source, start, end in frames:
@@ -87,13 +91,49 @@ class CallerLink(Link):
             self.jobs[slot] = reserved = ReservedJob(self, flags, meta_len, slot, arg, source, start, end)
             worker.reservations.reserve(reserved)
             return
-        job = Job(self, flags, meta_len, slot, arg, source, start, end)
-        self.jobs[slot] = job
+        job = self.accept(flags, meta_len, slot, arg, source, start, end)
         if flags & framing.MORE:
             (total,) = _TOTAL.unpack_from(source, job.head_end)
             job.upload = bytearray(total)
         else:
             worker.take(job)
+
+    def accept(self, flags: int, meta_len: int, slot: int, arg: int, source: Source, start: int, end: int) -> Job:
+        """The request of a CALL that was admitted."""
+        self.jobs[slot] = job = Job(self, flags, meta_len, slot, arg, source, start, end)
+        return job
+
+    # --- reading by the plain thread (lead.py), under the worker's lock ---
+
+    def lend(self) -> bool:
+        """Let another thread `receive`; False if that cannot be now."""
+        if self.closed or self._raw is None or self._transport is None or self._transport.is_closing():
+            return False
+        self._transport.pause_reading()
+        return True
+
+    def take_back(self) -> None:
+        """Read on the loop again."""
+        if not self.closed and self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def fileno(self) -> int:
+        """What has something to read when `receive` finds something; -1: the connection has ended."""
+        return -1 if self._raw is None else self._raw.fileno()
+
+    def receive(self) -> list[Frame] | None:
+        """The frames that are whole now, without waiting; None: the connection has ended."""
+        if self.closed or self._raw is None:
+            return None
+        try:
+            size = self._raw.recv_into(self._view)  # recv() would make, and cut, an object of that size each time
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        return self._framer.feed(self._view[:size].tobytes()) if size else None
+
+    # --- requests ---
 
     def _piece(self, slot: int, source: Source, start: int, end: int) -> None:
         job = self.jobs.get(slot)
@@ -124,16 +164,21 @@ class CallerLink(Link):
 
     def finish(self, job: Job, frame: bytes) -> None:
         """Send a request's final frame (empty: it was sent already) and free what it held. Once for each."""
+        with self.worker.lock:
+            self.ended(job)
+            if frame and not self.closed:
+                if self.jobs or self._reading:
+                    self.send(frame)
+                else:
+                    self.send_at_once(frame)
+            self.worker.freed()
+
+    def ended(self, job: Job) -> None:
+        """Forget a request that has its final frame; `Worker.freed` follows."""
         if self.jobs.get(job.slot) is job:
             del self.jobs[job.slot]
-        if frame and not self.closed:
-            if self.jobs or self._reading:
-                self.send(frame)
-            else:
-                self.send_at_once(frame)
         if job.flags & framing.ARENA and not job.borrowed:
-            self._send_free(job.segment[0])
-        self.worker.freed()
+            self._free(job.segment[0])
 
     def flush(self) -> None:
         with self._writing:
@@ -169,7 +214,7 @@ class CallerLink(Link):
             self.worker.from_any_thread(self.flush)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        with self._writing:  # no other thread may write to a descriptor that is closed, and may be another's by then
+        with self.worker.lock, self._writing:  # no other thread may use a descriptor that may be another's by then
             super().connection_lost(exc)
 
     def borrow(self, offset: int, size: int) -> memoryview:

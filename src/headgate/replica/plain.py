@@ -1,11 +1,14 @@
 """The thread that runs plain user code: constructor, reconfigure, check_health, and calls one at a time.
 
 What it is to do comes through a queue, in order; what it has done goes back to the worker's loop
-in bulk: one wake-up carries every answer that has gathered since the last.
+in bulk: one wake-up carries every answer that has gathered since the last. Between two things to do
+it may also read a link (lead.py): then it waits for both with `poll`.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +17,12 @@ from typing import Any
 
 
 class PlainThread:
-    """A queue of calls and the thread that empties it; `run` is that thread's main function."""
+    """A queue of calls and the thread that empties it; `run` is that thread's main function.
+
+    reads_links   whether it may; what plays a thread in a test may not
+    """
+
+    reads_links = True
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -23,7 +31,9 @@ class PlainThread:
         self._wake: Callable[[Callable[[], None]], None] | None = None
         self._finish: Callable[[Any, Any], None] | None = None
         self._thread: threading.Thread | None = None
-        self.put = self._queue.put
+        self._event = -1  # wakes `poll`
+        self._polls = False
+        self._poll: tuple[int, select.poll] | None = None
 
     def connect(self, wake: Callable[[Callable[[], None]], None], finish: Callable[[Any, Any], None]) -> None:
         """Whom this thread works for.
@@ -46,9 +56,47 @@ class PlainThread:
         while (work := get()) is not None:
             work()
 
+    def put(self, work: Callable[[], None] | None) -> None:
+        """Queue something to do; from any thread."""
+        self._queue.put(work)
+        if self._polls:
+            self.wake()
+
+    def poll(self, fd: int) -> None:
+        """On the plain thread: wait until something is queued, `wake` is called, or `fd` has something to read."""
+        if self._event < 0:
+            self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        if self._poll is None or self._poll[0] != fd:
+            self._poll = fd, select.poll()
+            self._poll[1].register(fd, select.POLLIN)
+            self._poll[1].register(self._event, select.POLLIN)
+        self._polls = True  # first: whoever queues something after the look below sees it
+        try:
+            if self._queue.empty():
+                for found, _ in self._poll[1].poll():
+                    if found == self._event:
+                        os.eventfd_read(self._event)
+        finally:
+            self._polls = False
+
+    def wake(self) -> None:
+        """Have `poll` return, the next one if none waits; from any thread."""
+        if self._event >= 0:
+            os.eventfd_write(self._event, 1)
+
+    def do_queued(self) -> bool:
+        """On the plain thread, outside `run`: do what is queued now; False: `run` is to return."""
+        while not self._queue.empty():
+            work = self._queue.get_nowait()
+            if work is None:
+                self._queue.put(None)
+                return False
+            work()
+        return True
+
     def stop(self) -> None:
         """Let `run` return after what is queued now."""
-        self._queue.put(None)
+        self.put(None)
 
     def done(self, request: Any, outcome: Any) -> None:
         """Hand an outcome back to the loop. Called on the plain thread."""

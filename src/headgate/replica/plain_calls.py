@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from headgate.core import framing
+from headgate.replica.lead import Lead
 
 if TYPE_CHECKING:
     from headgate.replica.callable import Method
@@ -50,6 +51,10 @@ class PlainCalls:
         self._tick_s = TICK_S
         self._ticking = False
         self._timer: asyncio.TimerHandle | None = None
+        method = worker.default
+        self.lead: Lead | None = None
+        if method is not None and not (method.is_async or method.accepts_batch) and worker.plain.reads_links:
+            self.lead = Lead(worker, self, method)
 
     # --- on the loop ---
 
@@ -70,29 +75,44 @@ class PlainCalls:
     def pump(self) -> None:
         """Hand the thread what was added."""
         taken, self._taken = self._taken, deque()
-        self._given += 1
+        link = taken[0][0].link
+        self.given()
         if len(taken) > 1 and not self._ticking:
             self._ticking = True
             self._set_timer()
         self._give(taken)
+        if self.lead is not None:
+            self.lead.lend(link)
+
+    def given(self) -> None:
+        """The thread has calls to make: `run_now` or its like follows."""
+        self._given += 1
+
+    @property
+    def _is_led(self) -> bool:
+        """Whether the thread reads a link itself; then it settles itself, and lead.py looks instead of ticks."""
+        return self.lead is not None and self.lead.link is not None
 
     def _give(self, calls: deque[tuple[Job, Method]]) -> None:
         self._worker.plain.put(partial(self._run, calls))
 
     def settle(self) -> None:
-        """Free what answered requests held."""
-        sent = self._sent
+        """Free what answered requests held; under the worker's lock."""
+        sent, freed = self._sent, self._worker.freed
         while sent:
             job = sent.popleft()
-            job.link.finish(job, b"")
+            job.link.ended(job)
+            freed()
             self._has_freed = True
 
     def _tick(self) -> None:
         """While answers come: free what they held, and write those that were held back."""
         was_busy = self.is_busy  # looked at first: if it was not, all that is to be freed is there
-        if self._unsent:
-            self._answer()
-        self.settle()
+        self.answer()
+        self._worker.settle()
+        if self._is_led:
+            self._ticking = False
+            return
         if self._has_freed:
             self._has_freed = False
             self._tick_s = TICK_S
@@ -109,6 +129,12 @@ class PlainCalls:
         self._timer = self._loop.call_later(self._tick_s, self._tick)
 
     # --- on the plain thread ---
+
+    def run_now(self, calls: deque[tuple[Job, Method]]) -> float:
+        """Make calls that this thread has admitted itself; how long they took together."""
+        began = perf_counter()
+        self._run(calls)
+        return perf_counter() - began
 
     def _run(self, calls: deque[tuple[Job, Method]]) -> None:
         try:
@@ -159,6 +185,11 @@ class PlainCalls:
 
     # --- on either ---
 
+    def answer(self) -> None:
+        """Write the answers that were held back."""
+        if self._unsent:
+            self._answer()
+
     def _answer(self) -> None:
         """Write the answers that are there, those of one link together."""
         worker, unsent, sent = self._worker, self._unsent, self._sent
@@ -185,6 +216,6 @@ class PlainCalls:
             return
         if is_urgent or worker.draining or worker.admission.owes:
             worker.from_any_thread(self.settle)
-        elif not self._ticking:
+        elif not (self._ticking or self._is_led):
             self._ticking = True
             worker.from_any_thread(self._tick)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ class Worker:
         on_drained: Callable[[], None] = lambda: None,
         on_linked: Callable[[str, bool], None] = lambda name, is_linked: None,
     ) -> None:
+        #: Held by the loop while it changes what this worker and its links keep, and by the plain thread while it
+        #: reads a link (lead.py).
+        self.lock = threading.RLock()
         self.loaded = loaded
         self.settings = settings
         self.plain = plain
@@ -73,7 +77,7 @@ class Worker:
         self.wear: Wear | None = None
         self.outcomes = Outcomes(self, expose)
         self.reservations = Reservations(self)
-        self._default = loaded.method() if loaded.is_callable else None
+        self.default = loaded.method() if loaded.is_callable else None  # the method that needs no name
         self._on_drained = on_drained
         self._on_linked = on_linked
         self._routers: Counter[str] = Counter()  # how many links each process has: one for each of its loops
@@ -108,6 +112,8 @@ class Worker:
 
     def lost(self, link: CallerLink) -> None:
         """A link has ended."""
+        if self.plain_calls.lead is not None:
+            self.plain_calls.lead.forget(link)
         self.links.discard(link)
         self._routers[link.name] -= 1
         if not self._routers[link.name]:
@@ -119,7 +125,7 @@ class Worker:
         """A request has ended: its slot goes to whoever is next."""
         self.served = served = self.served + 1
         if served == self.last_request and self.wear is not None:
-            self.wear.look()
+            self.from_any_thread(self.wear.look)
         link = self.admission.free()
         if link is not None:
             link.send(_ROOM)
@@ -130,7 +136,7 @@ class Worker:
 
     def take(self, job: Job) -> None:
         """A whole request arrived."""
-        method = self._default
+        method = self.default
         if job.flags & framing.HEAD or method is None:
             try:
                 method = self.loaded.method(job.method_name)
@@ -155,7 +161,8 @@ class Worker:
 
     def settle(self) -> None:
         """Free what answered requests held; before others are admitted."""
-        self.plain_calls.settle()
+        with self.lock:
+            self.plain_calls.settle()
 
     def cancel(self, job: Job) -> None:
         """The caller does not wait any more: what has not started is dropped, async code is cancelled."""
@@ -247,8 +254,9 @@ class Worker:
 
     def configure(self, settings: Settings) -> None:
         """Obey new limits from now on."""
-        self.settings = settings
-        self.tell_room(self.admission.set_limit(settings.max_concurrent_queries))
+        with self.lock:
+            self.settings = settings
+            self.tell_room(self.admission.set_limit(settings.max_concurrent_queries))
         if self.wear is not None:
             self.wear.configure(settings)
         self._batches.configure(settings)
@@ -256,6 +264,7 @@ class Worker:
     def forked(self) -> None:
         """This process is a copy that user code forked: it answers nobody, and ends where user code returns."""
         self.is_fork = True
+        self.lock = threading.RLock()  # whoever holds the other is not in this process
         null = os.open(os.devnull, os.O_RDWR)
         for link in self.links:
             link.cut(null)
@@ -264,12 +273,14 @@ class Worker:
 
     def fence(self, peers: dict[str, int]) -> None:
         """Refuse calls of these processes until they follow the snapshot named."""
-        self.fenced = {wire_name(peer): version for peer, version in peers.items()}
+        with self.lock:
+            self.fenced = {wire_name(peer): version for peer, version in peers.items()}
 
     def drain(self) -> None:
         """Take nothing new; on_drained is called when nothing is left."""
-        self.draining = True
-        self.settle()
+        with self.lock:
+            self.draining = True
+            self.settle()
         self.check_drained()
 
     def check_drained(self) -> None:
