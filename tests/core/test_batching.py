@@ -83,6 +83,18 @@ def test_of_two_methods_that_are_due_the_one_with_the_oldest_request_goes_first(
     assert [batcher.take(now=2.0), batcher.take(now=2.0)] == [["first"], ["second"]]
 
 
+def test_a_full_batch_may_be_taken_before_its_time_if_nobody_else_could_come_first():
+    batcher = filled("abcd", size=3)
+    assert batcher.take_full() == ["a", "b", "c"]
+    assert batcher.take_full() == []  # "d" may get company yet
+    assert len(batcher) == 1
+
+    two = filled("abc", size=3, key="predict")
+    two.add("x", now=0.0, key="explain")
+    assert two.take_full() == []
+    assert filled("").take_full() == []
+
+
 def test_a_request_can_be_taken_out():
     batcher = filled("abcd")
 

@@ -386,7 +386,8 @@ async def test_a_batch_mixes_reserved_requests_with_others_in_the_order_of_their
     await asyncio.sleep(0.01)
     bad, zero = rig.claim(tokens[1], "bad"), rig.claim(tokens[0], "zero")
     rig.plain.put = put  # type: ignore[method-assign]
-    put(hold[0])
+    for work in hold:
+        put(work)
     assert payload.decode((await link.end(8))[2]) == ("first", 1)
     assert payload.decode((await link.end(9))[2]) == ("wire", 4)
     assert (await result(two), await result(zero)) == (("two", 4), ("zero", 4))

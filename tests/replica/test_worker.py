@@ -186,6 +186,42 @@ async def test_what_arrives_together_is_batched_up_to_the_limit(rig: Rig) -> Non
     assert answers == [b"3", b"3", b"3", b"1"]
 
 
+@served(sizes, max_batch_size=2, batch_wait_timeout_s=0.0, max_concurrent_queries=20)
+async def test_a_full_batch_waits_at_the_thread_while_one_runs_and_no_other(rig: Rig) -> None:
+    link = await rig.link()
+    hold: list[Any] = []
+    put, rig.plain.put = rig.plain.put, hold.append  # type: ignore[method-assign]
+    for slot in range(7):
+        link.http(slot)
+    await asyncio.sleep(0.01)
+    assert len(hold) == 2  # one that runs, and a full one
+    for expected in (2, 1, 1):  # the last one is not full: it waits for company as long as another runs
+        put(hold.pop(0))
+        await asyncio.sleep(0.01)
+        assert len(hold) == expected
+    while hold:
+        put(hold.pop(0))
+        await asyncio.sleep(0.01)
+    assert [(await link.end(slot))[2] for slot in range(7)] == [b"2"] * 6 + [b"1"]
+
+
+@served(sizes, max_batch_size=2, batch_wait_timeout_s=0.0, max_concurrent_queries=20)
+async def test_what_is_cancelled_at_the_thread_before_its_batch_begins_never_runs(rig: Rig) -> None:
+    link = await rig.link()
+    hold: list[Any] = []
+    put, rig.plain.put = rig.plain.put, hold.append  # type: ignore[method-assign]
+    for slot in range(4):
+        link.http(slot)
+    await asyncio.sleep(0.01)
+    link.frame(framing.CANCEL, 3)
+    await asyncio.sleep(0.01)
+    for work in hold:
+        put(work)
+    assert (await link.end(3))[:2] == (framing.ERROR, 499)
+    assert [(await link.end(slot))[2] for slot in range(3)] == [b"2", b"2", b"1"]
+    assert link.page[3] == 0
+
+
 @headgate.accept_batch
 def wrong(requests: list[Any]) -> Any:
     what = requests[0].data

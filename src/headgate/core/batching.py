@@ -72,6 +72,11 @@ class Batcher(Generic[T]):
                 due = key
         return [] if due is None else self._cut(due)
 
+    def take_full(self) -> list[T]:
+        """A batch to which nothing can be added and before which no other can come, or []: it may be taken ahead."""
+        (key, group), *others = self._groups.items() or [("", None)]
+        return [] if others or group is None or len(group.items) < self._max_batch_size else self._cut(key)
+
     def next_deadline(self) -> float | None:
         """When `take` has a batch even if nothing more arrives; in the past if it has one already."""
         return min(map(self._due_at, self._groups.values()), default=None)

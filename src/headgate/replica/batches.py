@@ -1,7 +1,7 @@
 """Batched requests of one worker: gathered, sent to user code when due, and their results shared out.
 
 core/batching.py says which batch is due when. Plain handlers get one batch at a time, on the
-plain thread; async ones may have several under way.
+plain thread, where the next one may wait already if it is full; async ones may have several under way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Batches:
         limits = worker.settings.max_batch_size, worker.settings.batch_wait_timeout_s
         self._plain: Batcher[Job] = Batcher(*limits)
         self._async: Batcher[Job] = Batcher(*limits)
-        self._plain_busy = False
+        self._plain_given = 0  # batches that the plain thread has: one that runs, and a full one behind it
         self._timer: asyncio.TimerHandle | None = None
 
     def configure(self, settings: Settings) -> None:
@@ -63,10 +63,16 @@ class Batches:
         now = monotonic()
         while batch := self._async.take(now):
             self._worker.start_task(self._run_async(batch, self._method_of(batch)))
-        if not self._plain_busy and (batch := self._plain.take(now)):
-            self._plain_busy = True
-            self._worker.plain.put(partial(self._run_plain, batch, self._method_of(batch)))
+        if not self._plain_given:
+            self._give_plain(self._plain.take(now))
+        if self._plain_given == 1:
+            self._give_plain(self._plain.take_full())
         self._set_timer(now)
+
+    def _give_plain(self, batch: list[Job]) -> None:
+        if batch:
+            self._plain_given += 1
+            self._worker.plain.put(partial(self._run_plain, batch, self._method_of(batch)))
 
     def _method_of(self, batch: list[Job]) -> Method:
         return self._worker.loaded.method(batch[0].method_name)
@@ -76,7 +82,7 @@ class Batches:
             self._timer.cancel()
             self._timer = None
         due = [self._async.next_deadline()]
-        if not self._plain_busy:
+        if not self._plain_given:
             due.append(self._plain.next_deadline())
         times = [at for at in due if at is not None]
         if times:
@@ -117,21 +123,17 @@ class Batches:
         worker.running = None
         if worker.is_fork:
             os._exit(0)
-        # A full batch may be taken while these answers are encoded; otherwise whoever they make ask
-        # again shall have the time to come along.
-        is_next_full = len(self._plain) >= worker.settings.max_batch_size
-        if is_next_full:
-            done(None, self._plain_done)
         if problem is not None:
             self._fail(jobs, problem, done)
         else:
-            for job, request, result in zip(jobs, requests, results, strict=True):
-                done(job, worker.outcomes.of_item(job, request, result))
-        if not is_next_full:
-            done(None, self._plain_done)
+            of = worker.outcomes.of_item
+            outcomes = [of(*one) for one in zip(jobs, requests, results, strict=True)]
+            for job, outcome in zip(jobs, outcomes, strict=True):  # together: the first one wakes the loop
+                done(job, outcome)
+        done(None, self._plain_done)
 
     def _plain_done(self) -> None:
-        self._plain_busy = False
+        self._plain_given -= 1
         self.pump()
 
     async def _run_async(self, batch: list[Job], method: Method) -> None:

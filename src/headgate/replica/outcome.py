@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headgate.replica")
 
+#: Types of results that neither stream nor have to be run. Looked up first: whether something is a generator, an
+#: abstract class says, which takes as long as encoding a small answer.
+WHOLE = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict))
+
 
 class Outcomes:
     """Makes the outcomes of a worker's requests, on whichever thread user code ran.
@@ -40,7 +44,9 @@ class Outcomes:
     def of(self, job: Job, request: Any, result: Any) -> Outcome:
         """The outcome of a result."""
         if job.is_value:
-            if isinstance(result, Generator):
+            if type(result) in WHOLE:
+                pass
+            elif isinstance(result, Generator):
                 result = list(result)
             elif isinstance(result, AsyncGenerator):
                 return partial(self._start_collecting, job, result)

@@ -25,7 +25,7 @@ from headgate.replica.batches import Batches
 from headgate.replica.callable import LoadedCallable, Method
 from headgate.replica.job import Job, Outcome
 from headgate.replica.links import CallerLink
-from headgate.replica.outcome import Outcomes
+from headgate.replica.outcome import WHOLE, Outcomes
 from headgate.replica.plain import PlainThread
 from headgate.replica.plain_calls import PlainCalls
 from headgate.replica.reservation import Reservations
@@ -200,7 +200,11 @@ class Worker:
                 job.mark_started()
                 request = job.request(True)
                 call = method.function(request) if method.takes_request else method.function()
-                outcome = await self.outcomes.of_async(job, request, await call)
+                result = await call
+                if type(result) in WHOLE:
+                    outcome = self.outcomes.of(job, request, result)
+                else:
+                    outcome = await self.outcomes.of_async(job, request, result)
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
                 outcome = self.outcomes.failure(job, error)
         if outcome is not None:
