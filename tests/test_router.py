@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import virtual_time
 
-from headgate.core import framing
+from headgate.core import deltas, framing
 from headgate.core.state import BackendView, Endpoint, ReplicaAddress, Settings, Snapshot, Traffic
 from headgate.errors import BackendOverloaded, EndpointNotFound, HeadgateError, ReplicaDied, RequestTimeout
 from headgate.router import Caller, Router
@@ -162,8 +162,13 @@ class Rig:
             )
             for tag, replicas in backends.items()
         )
-        self.router.follow(Snapshot(self.version, (endpoint,), views, ready=True))
+        self.follow(Snapshot(self.version, (endpoint,), views, ready=True))
         return endpoint
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """As control.py hands it on: what did not change is the same object as before."""
+        delta = deltas.between(self.router.snapshot, snapshot)
+        self.router.follow(deltas.apply(self.router.snapshot, delta) if delta else snapshot)
 
     async def ask(self, endpoint: Endpoint, body: bytes = b"", **options: Any) -> Any:
         caller = Asked(body)
@@ -215,6 +220,27 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_a_request_reaches_its_replica_and_its_answer_comes_back(rig: Rig) -> None:
     endpoint = rig.publish({"b": [rig.replica("r1").echo()]})
     assert await rig.ask(endpoint, b"hi") == ("reply", 200, b"r1:hi")
+
+
+@routed
+async def test_a_backend_that_a_change_does_not_concern_is_left_alone(rig: Rig) -> None:
+    one, two = rig.replica("one").echo(), rig.replica("two").echo()
+    rig.publish({"a": [one], "b": [two]})
+    followed: list[str] = []
+    for tag, backend in rig.router.backends.items():
+        follow = backend.follow
+
+        def listen_in(view: BackendView, tag: str = tag, follow: Callable[[BackendView], None] = follow) -> None:
+            followed.append(tag)
+            follow(view)
+
+        backend.follow = listen_in  # type: ignore[method-assign]
+    endpoint = rig.publish({"a": [one], "b": [two]}, Traffic(weights=(("b", 1.0),)))
+    assert not followed
+    assert await rig.ask(endpoint, b"x") == ("reply", 200, b"two:x")
+    endpoint = rig.publish({"a": [one], "b": [one]}, Traffic(weights=(("b", 1.0),)))
+    assert followed == ["b"]
+    assert await rig.ask(endpoint, b"x") == ("reply", 200, b"one:x")
 
 
 @routed

@@ -155,9 +155,12 @@ class Router:
         views = {view.tag: view for view in snapshot.backends}
         deleted = [self.backends.pop(tag) for tag in list(self.backends) if tag not in views]
         for tag, view in views.items():
-            if tag not in self.backends:
-                self.backends[tag] = BackendRoute(self, view)
-            self.backends[tag].follow(view)
+            backend = self.backends.get(tag)
+            if backend is None:
+                backend = self.backends[tag] = BackendRoute(self, view)
+            elif backend.view is view:  # what a change does not concern is the same object (core/deltas.py)
+                continue
+            backend.follow(view)
         for backend in deleted:
             backend.end()
         self._resubmit_stale()

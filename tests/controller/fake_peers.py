@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from headgate import errors
+from headgate.core import deltas
 from headgate.core.state import Snapshot
 from headgate.wire import messages
 
@@ -41,6 +42,10 @@ class FakePeer:
         self.told.append(message)
         if isinstance(message, messages.Publish):
             self.snapshots.append(msgspec.msgpack.decode(message.snapshot, type=Snapshot))
+            self.say(messages.Ack(message.version))
+        elif isinstance(message, messages.PublishChange):
+            delta = msgspec.msgpack.decode(message.delta, type=deltas.Delta)
+            self.snapshots.append(deltas.apply(self.snapshots[-1], delta))
             self.say(messages.Ack(message.version))
         elif isinstance(message, messages.Fence):
             self.say(messages.Fenced(message.number))

@@ -490,6 +490,18 @@ async def test_a_replica_that_is_unhealthy_three_times_is_replaced(world: World)
     assert [id for id, _ in world.told(messages.Drain)] == ["b#0001"]
 
 
+@instance()
+async def test_a_health_check_that_passes_asks_for_nothing(world: World) -> None:
+    await world.create()
+    await asyncio.sleep(1.0)
+    ticks = []
+    world.controller.tick = lambda: ticks.append(1)  # type: ignore[method-assign]
+    for _ in range(100):
+        world.controller.on_event(_health("b#0001", ""))
+    await asyncio.sleep(0.0)
+    assert not ticks
+
+
 def _health(id: str, error: str, *, hangs: bool = False) -> Any:
     from headgate.engine.interface import Reported
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from headgate.controller.shelf import FileShelf, Shelf
+from headgate.controller.shelf import FileShelf, Memory, Shelf
 from headgate.controller.store import BEFORE, BLOBS, NEWEST, Store, StoreError, pack, unpack
 from headgate.core.state import BackendGoal, Endpoint, EndpointGoal, Facts, Goals, Settings, Traffic
 
@@ -320,6 +320,17 @@ def test_a_blob_that_is_not_there_or_cannot_be_read_is_an_error(store: Store, tm
 
 
 # --- other shelves ---
+
+
+def test_what_is_saved_is_in_memory_too_to_the_last_byte(tmp_path: Path) -> None:
+    fd = os.memfd_create("goals")
+    try:
+        store = Store(FileShelf(str(tmp_path)), Memory(fd))
+        for one in (second(), first()):
+            store.save(one)
+            assert Memory(fd).read() == (tmp_path / NEWEST).read_bytes() == pack(one)
+    finally:
+        os.close(fd)
 
 
 class MemoryShelf(Shelf):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from headgate.core import lifecycle
+from headgate.core.goals import snapshot
 from headgate.core.reconcile import (
     UNKNOWN_CONFIG,
     Drain,
@@ -20,6 +21,7 @@ from headgate.core.reconcile import (
     Stop,
     all_wanted,
     backoff_s,
+    by_version,
     failed,
     heard,
     next_look,
@@ -46,6 +48,30 @@ def planned(goals, replicas, failures=None, now=0.0, candidates=()):
 
 
 START = Start("iris", 1)
+
+
+class Counted(list):
+    """Replicas that count how often somebody goes through all of them."""
+
+    rounds = 0
+
+    def __iter__(self):
+        self.rounds += 1
+        return super().__iter__()
+
+
+def test_many_backends_do_not_each_look_at_all_replicas():
+    backends = tuple(goal(tag=f"b{number}") for number in range(100))
+    replicas = Counted(seen(1, tag=one.tag) for one in backends)
+    assert plan(Goals(backends=backends), replicas, {}, 0.0) == []
+    assert unmet(Goals(backends=backends), replicas, {}, 0.0) == ()
+    assert len(snapshot(Goals(backends=backends), replicas, 1, True).backends) == 100
+    assert replicas.rounds < 10
+
+
+def test_replicas_are_told_apart_by_backend_and_version():
+    one, two, other = seen(1), seen(2, version=2), seen(1, tag="rose")
+    assert by_version([one, two, other, one]) == {("iris", 1): [one, one], ("iris", 2): [two], ("rose", 1): [other]}
 
 
 # ---------------------------------------------------------------- start

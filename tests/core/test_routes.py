@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
 
+from headgate.core import routes
 from headgate.core.routes import RouteTable, compile_route, contains, convert, near
 from headgate.errors import ArgumentError, ConfigError
 
@@ -201,6 +202,41 @@ def test_each_of_a_thousand_routes_is_found() -> None:
     assert [table.match(f"/api/r{n}/{n}", "GET") for n in range(1000)] == [
         ("match", f"e{n}", (str(n),)) for n in range(1000)
     ]
+
+
+ALIKE = ("/area{}-{{id:int}}", "/{{who}}/u{}-{{id:int}}", "/area{}/{{id:int}}")
+
+
+@pytest.mark.parametrize("template", ALIKE)
+@pytest.mark.parametrize("path", ["/area7-7", "/area120-7", "/x/u3-7", "/x/u119-7", "/x/u120-7", "/area99/7"])
+def test_more_alike_routes_than_one_regular_expression_holds_agree_too(template: str, path: str) -> None:
+    entries: Entries = [(f"e{n}", template.format(n), ("GET",)) for n in range(120)]
+    entries += [("any", "/{who}/{what}", ("GET",)), ("late", template.format(120), ("GET",))]
+    assert ours(entries, path, "GET") == starlette_says(entries, path, "GET")
+
+
+@pytest.mark.parametrize("template", ALIKE)
+def test_a_further_route_among_many_compiles_one_regular_expression_of_a_few_routes(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [(f"e{n}", template.format(f"{n}x"), ("GET",)) for n in range(320)]
+    RouteTable(entries[:-1])
+    compiled: list[str] = []
+    compile_, own = re.compile, routes.re
+
+    class Counting:
+        escape = staticmethod(own.escape)
+        fullmatch = staticmethod(own.fullmatch)
+
+        @staticmethod
+        def compile(regex: str) -> re.Pattern[str]:
+            compiled.append(regex)
+            return compile_(regex)
+
+    monkeypatch.setattr(routes, "re", Counting)
+    RouteTable(entries)
+    assert len(compiled) <= 2  # its own, and the one with those beside it
+    assert sum(regex.count("$") for regex in compiled) <= 60
 
 
 @pytest.mark.parametrize("template", ["", "a", "a/b", "{x}", None, 7, b"/a", ["/a"]])

@@ -89,7 +89,7 @@ def test_path_parameters_travel_raw(wire: Wire) -> None:
 def test_a_snapshot_is_obeyed_by_the_next_request_and_costs_no_new_table_where_no_route_is_new(wire: Wire) -> None:
     wire.receive(get())
     wire.reply()
-    table = wire.server.table
+    table, targets = wire.server.table, wire.server.targets
     moved = Traffic((("other", 1.0),))
     first, *others = SNAPSHOT.endpoints
     wire.server.follow(
@@ -101,6 +101,7 @@ def test_a_snapshot_is_obeyed_by_the_next_request_and_costs_no_new_table_where_n
     wire.reply()
     assert wire.router.callers[-1].endpoint.traffic == moved
     assert wire.server.table is table
+    assert [name for name, one in wire.server.targets.items() if one is not targets[name]] == [first.name]
 
     wire.server.follow(msgspec.structs.replace(SNAPSHOT, version=3, endpoints=tuple(others)))
     wire.receive(get())

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 import virtual_time
 
-from headgate.core import framing
-from headgate.core.state import Snapshot
+from headgate.core import deltas, framing
+from headgate.core.state import Endpoint, Snapshot, Traffic
 from headgate.errors import ArgumentError, ConfigError, EndpointNotFound, HeadgateError, InstanceError
 from headgate.wire import messages
 from headgate.wire.address import address_of, listen
@@ -88,6 +88,13 @@ class World:
         raw = msgspec.Raw(msgspec.msgpack.encode(Snapshot(version=version)))
         for peer in self.hub.peers:
             peer.tell(messages.Publish(version, raw))
+
+    def change(self, base: int, version: int, *names: str) -> None:
+        """Publish what changed: further endpoints."""
+        endpoints = tuple(Endpoint(name, None, ("GET",), Traffic(())) for name in names)
+        delta = deltas.Delta(base, version, True, endpoints)
+        for peer in self.hub.peers:
+            peer.tell(messages.PublishChange(version, msgspec.Raw(msgspec.msgpack.encode(delta))))
 
     def requests(self) -> list[messages.Request]:
         return [message for message in self.heard if isinstance(message, messages.Request)]
@@ -261,6 +268,39 @@ def test_only_a_newer_snapshot_is_taken_and_each_is_acknowledged_with_what_is_in
         assert world.snapshots == [3, 5]
         assert world.client.snapshot.version == 5
         assert [message.version for message in world.heard[1:]] == [3, 3, 3, 5, 5]
+
+    play(scene)
+
+
+def test_changes_add_up_to_the_newest_snapshot(play: Play) -> None:
+    async def scene(world: World) -> None:
+        await world.until(lambda: world.heard)
+        world.publish(3)
+        world.change(3, 4, "one")
+        world.change(4, 5, "two")
+        world.change(4, 5, "again")  # one that is no newer is not looked at
+        await world.until(lambda: len(world.heard) == 5)
+
+        assert world.snapshots == [3, 4, 5]
+        assert [message.version for message in world.heard[1:]] == [3, 4, 5, 5]
+        assert [one.name for one in world.client.snapshot.endpoints] == ["one", "two"]
+
+    play(scene)
+
+
+def test_who_cannot_use_a_change_keeps_what_it_has_and_connects_anew(play: Play) -> None:
+    async def scene(world: World) -> None:
+        await world.until(lambda: world.heard)
+        world.publish(3)
+        await world.client.newer_than(2)
+        world.change(4, 5, "one")
+        await world.until(lambda: len(world.heard) == 3)
+
+        assert world.heard[2] == messages.Hello("client", "me", os.getpid(), True, 3)
+        assert world.snapshots == [3]
+        assert not world.client.snapshot.endpoints
+        world.publish(5)
+        await world.client.newer_than(4)
 
     play(scene)
 

@@ -5,14 +5,14 @@ Which action, and when, is decided in core/reconcile.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from headgate import logs
 from headgate.controller.failpoints import reach
 from headgate.controller.fleet import LOCAL, Fleet
 from headgate.controller.store import Store
 from headgate.core import lifecycle
-from headgate.core.reconcile import Drain, Reconfigure, Stop, Version
+from headgate.core.reconcile import Drain, Reconfigure, Seen, Stop, Version
 from headgate.core.state import BackendGoal
 from headgate.engine.interface import Engine
 from headgate.wire import messages
@@ -65,12 +65,12 @@ class Actions:
                 self._fleet.stopped(id, now)
                 log.info("replica %s is stopped: %s", id, reason)
 
-    def tell_limits(self, goal: BackendGoal) -> None:
-        """Give new limits to the replicas that run already."""
+    def tell_limits(self, goal: BackendGoal, replicas: Iterable[Seen]) -> None:
+        """Give new limits to `replicas`, those of `goal` that run already."""
         self._patience[goal.tag] = goal.settings.graceful_shutdown_timeout_s
-        for one in self._fleet.of(goal.tag):
+        for one in replicas:
             is_free = one.phase == lifecycle.READY and not one.reconfiguring
-            if one.version == goal.version and is_free and self._fleet.told(one.id, goal.settings):
+            if is_free and self._fleet.told(one.id, goal.settings):
                 self._configure(one.id, goal, one.config_version)
 
     def _configure(self, id: str, goal: BackendGoal, config_version: int) -> None:

@@ -264,9 +264,11 @@ class Controller:
 
     def observed(self) -> list[Seen]:
         """The replicas, each with whether a router may still send to it."""
-        unknown = self._routers_unknown
+        unknown, routed = self._routers_unknown, self.publisher.routed(self.fleet.seen)
         return [
-            replace(one, routed=(unknown and one.phase != lifecycle.STARTING) or self.publisher.routed(one.id))
+            replace(one, routed=True)
+            if one.id in routed or (unknown and one.phase != lifecycle.STARTING)
+            else one
             for one in self.fleet.seen.values()
         ]
 
@@ -304,8 +306,9 @@ class Controller:
                 self.spawn(self._start_replica(self.fleet.ask(goal, now), goal))
             else:
                 self._actions.perform(action, wanted, now)
-        for goal in wanted.values():
-            self._actions.tell_limits(goal)
+        there = reconcile.by_version(self.fleet.seen.values())
+        for version, goal in wanted.items():
+            self._actions.tell_limits(goal, there.get(version, ()))
 
     async def _start_replica(self, name: str, goal: BackendGoal) -> None:
         self._births += 1
@@ -346,7 +349,8 @@ class Controller:
             case Reported(id) if id not in self.fleet.seen:
                 self._keep(event)
             case Reported(id, messages.Health(error, hangs)):
-                self.fleet.checked(id, error, self.loop.time(), hangs=hangs)
+                if not self.fleet.checked(id, error, self.loop.time(), hangs=hangs):
+                    return  # as before, which is what most checks say
             case Reported(id, messages.Report() as report):
                 self._on_report(id, report, self.loop.time())
         self.poke()

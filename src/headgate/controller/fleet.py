@@ -220,20 +220,22 @@ class Fleet:
         self.seen[id] = reconcile.heard(one, lifecycle.FAILED, now)
         return self._fail(one, lifecycle.FAILED, error, now)
 
-    def checked(self, id: str, error: str, now: float, *, hangs: bool = False) -> None:
-        """A replica's health check passed (""), failed, or hangs.
+    def checked(self, id: str, error: str, now: float, *, hangs: bool = False) -> bool:
+        """A replica's health check passed (""), failed, or hangs: whether the replica is now to be replaced.
 
-        One that hangs, or fails too often in a row, has its replica replaced.
+        That is so for one that hangs, or fails too often in a row.
         """
         notes = self._notes.get(id)
         if notes is None:
-            return
+            return False
         notes.unhealthy = notes.unhealthy + 1 if error else 0
         one = self.seen[id]
         is_ill = hangs or notes.unhealthy >= UNHEALTHY
         if is_ill and one.phase == lifecycle.READY and one.version != UNWANTED:
             self._fail(one, lifecycle.FAILED, f"its health check failed: {_last_line(error)}", now)
             self.seen[id] = replace(one, version=UNWANTED)
+            return True
+        return False
 
     def _fail(self, before: Seen, event: str, error: str, now: float) -> Setback | None:
         if not lifecycle.is_failure(before.phase, event) or before.version == UNWANTED:
@@ -271,12 +273,13 @@ class Fleet:
     def told(self, id: str, settings: Settings) -> bool:
         """Whether `settings` are news to a replica; from now on they are not."""
         notes = self._notes[id]
-        news = notes.told != settings
+        if notes.told == settings:
+            return False
         notes.told = settings
         self.seen[id] = replace(
             self.seen[id], graceful_shutdown_timeout_s=settings.graceful_shutdown_timeout_s
         )
-        return news
+        return True
 
     def forget_failures(self, versions: set[Version]) -> None:
         """Keep the failures of these versions only."""

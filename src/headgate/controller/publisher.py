@@ -7,6 +7,8 @@ silent (the controller replaces it); any other process is fenced: replicas refus
 it has caught up. A process that has links to replicas (linked.py) but does not follow, as one that has
 been frozen since before the controller's restart, is a stranger: it counts as a follower that is behind.
 
+A connection carries the whole snapshot once, and from then on what changes (core/deltas.py).
+
 What a snapshot holds is core/goals.py; the messages are wire/messages.py.
 """
 
@@ -23,6 +25,7 @@ from msgspec.structs import replace
 from headgate import logs
 from headgate.controller.failpoints import reach
 from headgate.controller.linked import Linked
+from headgate.core import deltas
 from headgate.core.state import Snapshot
 from headgate.wire import messages
 from headgate.wire.handshake import wire_name
@@ -67,6 +70,7 @@ class _Follower:
     def __init__(self, peer: PeerLike, floor: int) -> None:
         self.peer = peer
         self.floor = floor
+        self.sent = 0  # the newest version that its connection carried
         self.pending: deque[tuple[int, float]] = deque()  # version sent, when it is overdue
         self.fence = 0  # the version it must follow before replicas listen to it again
         self.reported = False  # as silent
@@ -91,7 +95,9 @@ class Publisher:
         self._first = first
         self._on_silent = on_silent
         self._on_change = on_change
-        self._message: messages.Publish | None = None
+        self._is_empty = True  # nothing was published yet
+        self._whole: messages.Publish | None = None  # the snapshot, once somebody needs all of it
+        self._change: messages.PublishChange | None = None  # from the one before
         self._listed: deque[tuple[int, frozenset[str]]] = deque([(first, frozenset())])
         self._followers: dict[PeerLike, _Follower] = {}  # strangers among them
         self._names: Counter[str] = Counter()  # of those that are connected, as replicas know them
@@ -109,12 +115,16 @@ class Publisher:
     def publish(self, content: Snapshot) -> int:
         """Send `content` to every follower, if it says anything new: the version that says it."""
         version = self.snapshot.version
-        if self._message is not None and replace(content, version=version) == self.snapshot:
+        if not self._is_empty and replace(content, version=version) == self.snapshot:
             return version
         version += 1
         reach("publish.before")
-        self.snapshot = replace(content, version=version)
-        self._message = messages.Publish(version, msgspec.Raw(msgspec.msgpack.encode(self.snapshot)))
+        before, self.snapshot = self.snapshot, replace(content, version=version)
+        delta = None if self._is_empty else deltas.between(before, self.snapshot)
+        self._change = None
+        if delta is not None:
+            self._change = messages.PublishChange(version, msgspec.Raw(msgspec.msgpack.encode(delta)))
+        self._whole, self._is_empty = None, False
         self._listed.append((version, frozenset(one.id for view in content.backends for one in view.replicas)))
         for follower in self._followers.values():
             self._send(follower)
@@ -133,14 +143,14 @@ class Publisher:
     def follows(self, peer: PeerLike) -> bool:
         """Whether `peer` has the newest snapshot in force."""
         follower = self._followers.get(peer)
-        return follower is not None and self._message is not None and not follower.pending
+        return follower is not None and not self._is_empty and not follower.pending
 
-    def routed(self, replica: str) -> bool:
-        """Whether some process may still send to that replica."""
+    def routed(self, replicas: Iterable[str]) -> set[str]:
+        """Those of `replicas` to which some process may still send."""
         oldest = self._listed[0][0]
         if any(follower.floor < oldest and not follower.fence for follower in self._followers.values()):
-            return True  # it follows a snapshot of before the controller's restart
-        return any(replica in ids for _, ids in self._listed)
+            return set(replicas)  # it follows a snapshot of before the controller's restart
+        return set().union(*(ids for _, ids in self._listed)).intersection(replicas)
 
     # --- processes ---
 
@@ -154,7 +164,7 @@ class Publisher:
         stranger = self._strangers.pop(name, None)
         if stranger is not None:
             follower.fence = self._followers.pop(stranger).fence
-        if self._message is not None:
+        if not self._is_empty:
             self._send(follower)
         if stranger is not None:
             self._settle()
@@ -181,7 +191,7 @@ class Publisher:
             return None
         stranger = self._strangers[name] = _Stranger(name)
         follower = self._followers[stranger] = _Follower(stranger, floor)
-        if self._message is not None and floor < self.snapshot.version:
+        if not self._is_empty and floor < self.snapshot.version:
             self._send(follower)
         return follower
 
@@ -247,13 +257,22 @@ class Publisher:
     # --- details ---
 
     def _send(self, follower: _Follower) -> None:
-        assert self._message is not None
         if follower.pending and follower.peer.role == STRANGER:
             return  # the first says how long it has been behind, and none of them is ever acknowledged
         due = asyncio.get_running_loop().time() + PATIENCE_S
-        follower.pending.append((self._message.version, due))
-        follower.peer.tell(self._message)
+        follower.pending.append((self.snapshot.version, due))
+        follower.peer.tell(self._message(follower))
+        follower.sent = self.snapshot.version
         self._look_again(due)
+
+    def _message(self, follower: _Follower) -> messages.Publish | messages.PublishChange:
+        """The newest snapshot, as shortly as `follower` will understand it."""
+        if self._change is not None and follower.sent == self.snapshot.version - 1:
+            return self._change
+        if self._whole is None:
+            packed = msgspec.Raw(msgspec.msgpack.encode(self.snapshot))
+            self._whole = messages.Publish(self.snapshot.version, packed)
+        return self._whole
 
     def _look_again(self, moment: float) -> None:
         if self._timer is None:

@@ -42,14 +42,14 @@ def endpoints(goals: Goals) -> list[dict[str, Any]]:
 
 
 def _backends(controller: Controller) -> list[dict[str, Any]]:
-    seen = list(controller.fleet.seen.values())
+    there = reconcile.by_version(controller.fleet.seen.values())
     failures = controller.fleet.failures
     return [
         {
             "tag": goal.tag,
             "version": goal.version,
             "num_replicas": goal.settings.num_replicas,
-            "ready": len(reconcile.serving(goal, seen)),
+            "ready": len(reconcile.serving(goal, there.get((goal.tag, goal.version), ()))),
             "trouble": found.error if (found := failures.get((goal.tag, goal.version))) else "",
             "recycled": controller.fleet.recycled(goal)[0],
             "last_recycled": controller.fleet.recycled(goal)[1],

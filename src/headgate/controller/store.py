@@ -92,7 +92,7 @@ class Store:
         """
         found, before = self._complete(NEWEST), self._complete(BEFORE)  # a damaged one may be in the way of a save
         if found is not None:
-            self._remember(found)
+            self._remember(pack(found))
             return found
         found = self._remembered()
         if found is not None:
@@ -127,18 +127,19 @@ class Store:
                 return unpack(record)
         return None
 
-    def _remember(self, goals: Goals) -> None:
+    def _remember(self, record: bytes) -> None:
         if self._memory is not None:
-            self._memory.write(pack(goals))
+            self._memory.write(record)
 
     def _save(self, goals: Goals, *, sync: bool) -> None:
+        record = pack(goals)
         try:
             reach("goals.before_write")
-            self.shelf.renew(NEWEST, BEFORE, pack(goals), sync)
+            self.shelf.renew(NEWEST, BEFORE, record, sync)
         except OSError as error:
             raise self._refused("the goals", error) from None
         reach("goals.stored")
-        self._remember(goals)
+        self._remember(record)
 
     def _set_aside(self, name: str, error: Exception) -> None:
         aside = f"{name}.corrupt-{time.time_ns()}"

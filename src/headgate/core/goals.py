@@ -12,6 +12,7 @@ caller is controller/controller.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -223,11 +224,13 @@ def snapshot(
     failures: Mapping[reconcile.Version, reconcile.Failures] = {},
 ) -> Snapshot:
     """What routers are to obey, given what runs now."""
+    there = reconcile.by_version(observed)
     return Snapshot(
         version=version,
         endpoints=tuple(goal.endpoint for goal in goals.endpoints),
         backends=tuple(
-            _view(goal, observed, failures.get((goal.tag, goal.version))) for goal in goals.backends
+            _view(goal, there.get((goal.tag, goal.version), ()), failures.get((goal.tag, goal.version)))
+            for goal in goals.backends
         ),
         ready=ready,
     )
@@ -298,26 +301,25 @@ def _checked_route(name: str, route: object) -> str:
 
 def _check_room(old: Endpoint, new: Endpoint) -> None:
     """Raises ConfigError if `old` leaves no room for `new`."""
-    same_methods = set(old.methods) == set(new.methods)
-    if old.name == new.name and old.route == new.route and same_methods:
-        raise ConfigError(
-            f"endpoint {new.name!r} exists with this route and these methods; "
-            "use set_traffic to change which backends serve it"
-        )
     if old.name == new.name:
+        if old.route == new.route and set(old.methods) == set(new.methods):
+            raise ConfigError(
+                f"endpoint {new.name!r} exists with this route and these methods; "
+                "use set_traffic to change which backends serve it"
+            )
         raise ConfigError(f"endpoint {new.name!r} exists; use another name, or delete_endpoint first")
     if old.route is None or new.route is None:
         return
     if old.route == new.route:
         raise ConfigError(f"route {new.route!r} belongs to endpoint {old.name!r}; one route has one endpoint")
-    if _answered(new) <= _answered(old) and routes.contains(old.route, new.route):
+    if _answered(new.methods) <= _answered(old.methods) and routes.contains(old.route, new.route):
         raise ConfigError(
             f"endpoint {new.name!r}: route {new.route!r} could never be reached, because {old.route!r} of "
             f"endpoint {old.name!r} comes first and takes every such path; create the narrower route first"
         )
 
 
-def _answered(one: Endpoint) -> set[str]:
-    """The methods it answers; GET answers HEAD."""
-    methods = set(one.methods)
-    return methods | {"HEAD"} if "GET" in methods else methods
+@lru_cache(maxsize=256)
+def _answered(methods: tuple[str, ...]) -> frozenset[str]:
+    """The methods that an endpoint with these answers; GET answers HEAD."""
+    return frozenset(methods) | ({"HEAD"} if "GET" in methods else set())

@@ -127,6 +127,14 @@ def heard(seen: Seen, event: str, now: float) -> Seen:
     return seen if phase == seen.phase else replace(seen, phase=phase, since=now)
 
 
+def by_version(seen: Iterable[Seen]) -> dict[Version, list[Seen]]:
+    """The replicas of each version: who asks about many goals looks at each replica once, not once for each goal."""
+    groups: dict[Version, list[Seen]] = {}
+    for one in seen:
+        groups.setdefault((one.backend, one.version), []).append(one)
+    return groups
+
+
 def serving(goal: BackendGoal, seen: Iterable[Seen]) -> tuple[Seen, ...]:
     """The replicas that may get requests: ready, of the goal's version, the oldest `num_replicas` of them.
 
@@ -169,14 +177,15 @@ def plan(
     that a goal has is a change of config: replicas are started and reconfigured for it, and
     none is taken away before it is a goal.
     """
-    wanted = all_wanted(goals, candidates)
+    wanted, there = all_wanted(goals, candidates), by_version(seen)
     actions: list[Action] = []
     keep: set[str] = set()
     for version, goal in wanted.items():
-        alive = _alive(goal, seen)
+        mine = there.get(version, ())
+        alive = _alive(goal, mine)
         keep.update(one.id for one in alive)
         if now >= _next_try(failures.get(version)):
-            missing = goal.settings.num_replicas - len(_kept(goal, seen))
+            missing = goal.settings.num_replicas - len(_kept(goal, mine))
             actions.extend(Start(goal.tag, goal.version) for _ in range(missing))
         actions.extend(
             Reconfigure(one.id, goal.config_version)
@@ -184,7 +193,7 @@ def plan(
             if one.phase == lifecycle.READY and not one.reconfiguring and not _is_configured(goal, one)
         )
     patience = _patience(wanted.values())
-    leaving = [one for one in sorted(seen, key=_age) if one.id not in keep and not one.routed]
+    leaving = sorted((one for one in seen if one.id not in keep and not one.routed), key=_age)
     actions.extend(Drain(one.id) for one in leaving if one.phase == lifecycle.READY)
     for one in leaving:
         if reason := _why_stop(one, patience, now):
@@ -221,14 +230,15 @@ def unmet(
 
     waits_for   what replicas without a process wait for, by id: "for 2 CPUs", or why they have to
     """
-    wanted = all_wanted(goals, candidates)
+    wanted, there = all_wanted(goals, candidates), by_version(seen)
     waits: list[str] = []
     keep: set[str] = set()
     for version, goal in wanted.items():
-        alive = _alive(goal, seen)
+        mine = there.get(version, ())
+        alive = _alive(goal, mine)
         keep.update(one.id for one in alive)
         waits.extend(f"replica {one.id} serves until a new one is ready: {one.worn}" for one in alive if one.worn)
-        if not reached(goal, seen):
+        if not reached(goal, mine):
             waits.append(_shortfall(goal, alive, failures.get(version), now, waits_for))
     patience = _patience(wanted.values())
     waits.extend(_farewell(one, patience, now) for one in sorted(seen, key=_age) if one.id not in keep)

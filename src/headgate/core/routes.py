@@ -13,7 +13,7 @@ regular expression. Paths come in percent-decoded. Who answers is core/traffic.p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import zip_longest
 from operator import itemgetter
@@ -36,7 +36,9 @@ _REGEX: Mapping[str, str] = {
 }
 _PARAMETER = re.compile(r"\{([a-zA-Z_][a-zA-Z0-9_]*)(?::([a-zA-Z_][a-zA-Z0-9_]*))?\}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_KEPT = 4096  # templates, and segments of them: with each snapshot nearly all come again
+_KEPT = 16384  # templates, and parts of them: with each new table nearly all come again
+
+_TOGETHER = 50  # routes in one regular expression, at most
 
 Raw: TypeAlias = tuple[str, ...]
 Outcome: TypeAlias = (
@@ -46,12 +48,11 @@ Outcome: TypeAlias = (
     | tuple[Literal["not_found"]]
 )
 _Found: TypeAlias = tuple[int, Raw]  # number of the route, its raw parameters
-_Member: TypeAlias = tuple[int, "Route", str]
+_Match: TypeAlias = Callable[[str], re.Match[str] | None]
+_Member: TypeAlias = tuple[int, "Route", str, _Match]
 #: A regular expression and its route; or, of several, the last group of each alternative -> its
 #: route and its part of all groups.
-_Group: TypeAlias = tuple[
-    Callable[[str], re.Match[str] | None], int, dict[int | None, tuple[int, slice]] | None
-]
+_Group: TypeAlias = tuple[_Match, int, dict[int | None, tuple[int, slice]] | None]
 #: How to read the literal segments of a path, and the routes under each of their values.
 _Shape: TypeAlias = tuple[Callable[[Sequence[str]], Any], dict[Any, _Group]]
 
@@ -115,6 +116,9 @@ def contains(earlier: str, later: str) -> bool:
 
     A final "{rest:path}" takes all that is left (newlines, which it does not match, do not count).
     """
+    mine_first, theirs_first = _first(earlier), _first(later)
+    if mine_first and theirs_first and mine_first != theirs_first:  # as most of a thousand are: no path is of both
+        return False
     first, second = compile_route(earlier), compile_route(later)
     if first.regex == second.regex:
         return True
@@ -167,7 +171,7 @@ class RouteTable:
 
     def __init__(self, entries: Iterable[tuple[str, str, Sequence[str]]]) -> None:
         self._entries = [
-            (name, compile_route(template), _served(methods)) for name, template, methods in entries
+            (name, compile_route(template), _served(tuple(methods))) for name, template, methods in entries
         ]
         self._names = [name for name, _, _ in self._entries]
         self.templates = tuple(route.template for _, route, _ in self._entries)
@@ -255,24 +259,56 @@ def _shapes(routes: Iterable[tuple[int, Route]]) -> tuple[int, list[tuple[_Shape
     of them are literal.
     """
     shapes: dict[tuple[tuple[int, ...], int, bool], dict[Any, list[_Member]]] = {}
-    texts: dict[str, str] = {}  # equal segments are one object: fewer cache lines to touch
     for number, route in routes:
-        segments = [texts.setdefault(part, part) for part in route.template.split("/")]
-        opens = next((at for at, part in enumerate(segments) if ":path}" in part), None)
-        literal = tuple(at for at, part in enumerate(segments[:opens]) if at and "{" not in part) or (0,)
-        least = len(segments) if opens is None else opens + 1
-        members = shapes.setdefault((literal, least, opens is not None), {})
-        member = number, route, _rest(segments, literal)
-        members.setdefault(itemgetter(*literal)(segments), []).append(member)
+        shape, key, rest, match = _anatomy(route.template)
+        shapes.setdefault(shape, {}).setdefault(key, []).append((number, route, rest, match))
     built = [
-        (least, is_open, (itemgetter(*literal), {key: _group(members) for key, members in groups.items()}))
-        for (literal, least, is_open), groups in shapes.items()
+        (least, is_open, (itemgetter(*literal), {key: _group(part) for key, part in groups.items()}))
+        for (literal, least, is_open), all_groups in shapes.items()
+        for groups in _in_blocks(all_groups)
     ]
     depth = max((least for least, _, _ in built), default=0)
     return depth, [
         tuple(shape for least, is_open, shape in built if least == pieces or (is_open and least < pieces))
         for pieces in range(depth + 2)
     ]
+
+
+def _in_blocks(groups: Mapping[Any, list[_Member]]) -> Iterator[dict[Any, list[_Member]]]:
+    """The first members of each group, then the next: a further route leaves most regular expressions as they were.
+
+    To compile one of a thousand alternatives takes a tenth of a second, in which a proxy answers nobody.
+    """
+    largest = max(map(len, groups.values()))
+    for at in range(0, largest, _TOGETHER):
+        yield {key: members[at : at + _TOGETHER] for key, members in groups.items() if len(members) > at}
+
+
+@lru_cache(maxsize=_KEPT)
+def _anatomy(template: str) -> tuple[tuple[tuple[int, ...], int, bool], Any, str, _Match]:
+    """What of a route's place in a table is the same in every table.
+
+    Its shape (which segments are literal, the least number of them, whether more may follow), the values
+    of the literal ones, and the regular expression for the rest.
+    """
+    segments = [_same(part) for part in template.split("/")]
+    opens = next((at for at, part in enumerate(segments) if ":path}" in part), None)
+    literal = tuple(at for at, part in enumerate(segments[:opens]) if at and "{" not in part) or (0,)
+    least = len(segments) if opens is None else opens + 1
+    rest = _rest(segments, literal)
+    return (literal, least, opens is not None), itemgetter(*literal)(segments), rest, _matcher(rest)
+
+
+@lru_cache(maxsize=_KEPT)
+def _same(text: str) -> str:
+    """Equal segments are one object: fewer cache lines to touch."""
+    return text
+
+
+@lru_cache(maxsize=_KEPT)
+def _matcher(regex: str) -> _Match:
+    """As `re` keeps what it compiled, but for more than a few hundred of them."""
+    return re.compile(regex).match
 
 
 def _rest(segments: Sequence[str], literal: Sequence[int]) -> str:
@@ -286,18 +322,20 @@ def _rest(segments: Sequence[str], literal: Sequence[int]) -> str:
 
 def _group(members: Sequence[_Member]) -> _Group:
     """Routes that have shape and literal segments in common: one regular expression, in their order."""
-    match = re.compile("|".join(rest for _, _, rest in members)).match
     if len(members) == 1:
-        return match, members[0][0], None
+        number, _, _, match = members[0]
+        return match, number, None
+    match = _matcher("|".join(rest for _, _, rest, _ in members))
     alternatives: dict[int | None, tuple[int, slice]] = {}
     end = 0
-    for number, route, _ in members:
+    for number, route, _, _ in members:
         start, end = end, end + len(route.params)
         alternatives[end] = number, slice(start, end)
     return match, -1, alternatives
 
 
-def _served(methods: Sequence[str]) -> tuple[str, ...]:
+@lru_cache(maxsize=_KEPT)
+def _served(methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods in capitals, each once; GET brings HEAD."""
     given = [method.upper() for method in methods]
     return tuple(dict.fromkeys([*given, "HEAD"] if "GET" in given else given))
@@ -311,6 +349,13 @@ def _regex(text: str) -> str:
         regex += re.escape(text[at : found.start()]) + _REGEX[found[2] or "str"]
         at = found.end()
     return regex + re.escape(text[at:])
+
+
+@lru_cache(maxsize=_KEPT)
+def _first(template: str) -> str:
+    """The first segment, with which each of its paths begins; "" if that is a parameter, or empty."""
+    first = template.split("/", 2)[1]
+    return "" if "{" in first else first
 
 
 def _is_parameter(segment: str, converter: str) -> bool:

@@ -116,7 +116,8 @@ class Server:
         routes = [(each.name, each.route, each.methods) for each in snapshot.endpoints if each.route is not None]
         if routes != self._routes:  # most changes concern no route
             self._routes, self.table = routes, RouteTable(routes)
-        self.targets = {each.name: _target(each) for each in snapshot.endpoints}
+        before = self.targets
+        self.targets = {each.name: _target(each, before.get(each.name)) for each in snapshot.endpoints}
 
     def new_id(self) -> bytes:
         """An id for a request that brings none."""
@@ -170,7 +171,9 @@ class Server:
             connection.leave_if_idle()
 
 
-def _target(endpoint: Endpoint) -> Target:
+def _target(endpoint: Endpoint, before: Target | None) -> Target:
+    if before is not None and before.endpoint is endpoint:  # as most are, after a change
+        return before
     route = encode(endpoint.name) + encode(endpoint.route)
     return Target(endpoint, route, route + b"\x90")
 

@@ -2,9 +2,12 @@
 
 `Hub` is the controller's side: it accepts peers and hands their messages on. `ControlClient` is
 everybody else's: it stays connected through the controller's restarts, sends unanswered calls
-(pending.py) again, keeps the newest snapshot and acknowledges it once `on_snapshot` has made it
-the one in force. It lives on one event loop; a process whose loop belongs to its user runs it on a thread
-of headgate's own, thread.py.
+(pending.py) again, keeps the newest snapshot and acknowledges it once `on_snapshot` has made it the one in
+force. It lives on one event loop; a process whose loop belongs to its user runs it on a thread of headgate's
+own, thread.py.
+
+A connection brings the whole snapshot once, and then what changes (core/deltas.py). A change of another
+snapshot than the one that is there breaks the protocol: the next connection brings all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from headgate.core import framing
+from headgate.core import deltas, framing
 from headgate.core.state import Snapshot
 from headgate.errors import InstanceError, ProtocolError
 from headgate.wire import messages
@@ -34,6 +37,7 @@ OVER = (
     "call headgate.start() for a new one"
 )
 _decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
+_decode_delta = msgspec.msgpack.Decoder(deltas.Delta).decode
 
 
 def _framed(message: Any) -> bytes:
@@ -243,16 +247,19 @@ class ControlClient:
     def _received(self, message: messages.FromController) -> None:
         if isinstance(message, messages.Response):
             self._pending.answered(message)
-        elif isinstance(message, messages.Publish):
+        elif isinstance(message, messages.Publish | messages.PublishChange):
             self._take(message)
         elif isinstance(message, messages.Ping):
             self.tell(messages.Pong())
         else:
             self.on_message(message)
 
-    def _take(self, publish: messages.Publish) -> None:
+    def _take(self, publish: messages.Publish | messages.PublishChange) -> None:
         if publish.version > self.snapshot.version:
-            self.snapshot = _decode_snapshot(publish.snapshot)
+            if isinstance(publish, messages.Publish):
+                self.snapshot = _decode_snapshot(publish.snapshot)
+            else:
+                self.snapshot = deltas.apply(self.snapshot, _decode_delta(publish.delta))
             self.on_snapshot(self.snapshot)
             waiters, self._snapshot_waiters = self._snapshot_waiters, []
             for version, waiter in waiters:

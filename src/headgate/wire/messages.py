@@ -166,6 +166,16 @@ class Publish(Struct, frozen=True, tag="publish", array_like=True):
     snapshot: msgspec.Raw
 
 
+class PublishChange(Struct, frozen=True, tag="change", array_like=True):
+    """A new snapshot for who was sent the one before on this connection: msgpack of core.deltas.Delta.
+
+    Answered with `Ack`; who has another one than the one before ends the connection, and gets all of it anew.
+    """
+
+    version: int
+    delta: msgspec.Raw
+
+
 class Response(Struct, frozen=True, tag="response", array_like=True):
     """The answer to the Request of that id: a value, or an error of headgate.errors by name."""
 
@@ -185,7 +195,7 @@ class Goodbye(Struct, frozen=True, tag="goodbye", array_like=True):
 
 
 ToController = Hello | Linked | Follow | Ack | Request | Report | Health | Pong | Fenced | Answer
-FromController = Ask | Assign | Configure | Drain | Fence | Publish | Response | Ping | Goodbye
+FromController = Ask | Assign | Configure | Drain | Fence | Publish | PublishChange | Response | Ping | Goodbye
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_controller = msgspec.msgpack.Decoder(ToController).decode
