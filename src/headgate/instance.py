@@ -24,7 +24,6 @@ from weakref import WeakValueDictionary
 
 from headgate.core.state import Endpoint, Snapshot
 from headgate.errors import ControllerUnavailable, InstanceError
-from headgate.router import Router
 from headgate.wire import messages
 from headgate.wire.control import OVER, ControlClient
 from headgate.wire.home import Home
@@ -32,6 +31,7 @@ from headgate.wire.pending import SILENCE_S, SILENT
 from headgate.wire.thread import HeadgateThread
 
 if TYPE_CHECKING:
+    from headgate.router import Router
     from headgate.wire.replica_link import ReplicaLink
 
 _FIRST_SNAPSHOT_S = 10.0
@@ -199,6 +199,8 @@ class Instance:
         loop = asyncio.get_running_loop()
         router, _ = self._routers.get(loop, (None, None))
         if router is None or router.closed:
+            from headgate.router import Router  # 5 ms and 1 MB that only requests cost, not control calls
+
             _end_closed(self._routers)
             router = Router(self.home.token, self.name, node=self.node)
             is_users = loop is not self.thread.loop
@@ -337,7 +339,7 @@ class LoopEnd:
 
 
 #: What each loop has: its router, and what sees its end if it is the user's.
-_Routers = dict[asyncio.AbstractEventLoop, tuple[Router, LoopEnd | None]]
+_Routers = dict[asyncio.AbstractEventLoop, "tuple[Router, LoopEnd | None]"]
 
 
 def joined(key: str) -> Instance | None:

@@ -2,31 +2,39 @@
 
 Rule: handlers are the user's. They are set in the main thread only, SIGTERM's only where nobody
 has set one, and what was there before comes back.
+
+This is imported before the supervisor is executed, and kept as bare as engine/ignition.py for that.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 
 TYPE_CHECKING = False  # see headgate/__init__.py
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
     from types import FrameType
     from typing import Any
+else:
+    import _signal as signal
 
 _TERMINATED = 128 + signal.SIGTERM
 
 _users = 0
 
 
+def _is_main_thread() -> bool:
+    threading = sys.modules.get("threading")  # without it there is no other
+    return threading is None or threading.current_thread() is threading.main_thread()
+
+
 def catch_sigterm() -> bool:
     """Make SIGTERM run what runs at exit, if nobody else handles it; whether it will."""
     global _users
-    if threading.current_thread() is not threading.main_thread():
+    if not _is_main_thread():
         return False
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit)
         _users = 0
     if signal.getsignal(signal.SIGTERM) is not _exit:
@@ -39,7 +47,7 @@ def release_sigterm() -> None:
     """Undo one `catch_sigterm` that was True; the last one gives SIGTERM its default back."""
     global _users
     _users = max(0, _users - 1)
-    if _users or threading.current_thread() is not threading.main_thread():
+    if _users or not _is_main_thread():
         return
     if signal.getsignal(signal.SIGTERM) is _exit:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -73,7 +81,7 @@ class Held:
         self._letting = False
 
     def __enter__(self) -> Held:
-        if threading.current_thread() is threading.main_thread():
+        if _is_main_thread():
             try:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     handler = signal.getsignal(number)
@@ -135,7 +143,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if _is_main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
 

@@ -6,22 +6,25 @@ later, through a socket, from boot.py. Nothing of the driver's state, threads or
 An orphan is not the caller's child but adopted by init: what kills the caller's children misses it.
 It has no file of the caller's but 0, 1 and 2 either, though foreign code may have opened some in such
 a way that they outlive an exec, and whoever is at their other end would take the caller for alive.
-This module imports nothing that a bare interpreter has not imported soon anyway.
+This module imports what a bare interpreter has built in, and not `socket` and `signal`, which wrap it in enums:
+so the supervisor is executed 11 ms earlier (CPU time of `python -c "import headgate.starting"`: 26 ms -> 15).
 """
 
 from __future__ import annotations
 
+import _socket
 import os
 import select
-import signal
-import socket
 import sys
 
 from headgate.errors import InstanceError
 
 TYPE_CHECKING = False  # see headgate/__init__.py
 if TYPE_CHECKING:
+    import signal
     from typing import Any
+else:
+    import _signal as signal
 
 #: In the environment of every process of an instance, so that leftovers can be found. Not a secret.
 INSTANCE_VARIABLE = "HEADGATE_INSTANCE"
@@ -39,23 +42,26 @@ class Spark:
     pidfd   of an orphan, -1 for a child
     """
 
-    def __init__(self, pid: int, sock: socket.socket, instance: str, pidfd: int = -1) -> None:
+    def __init__(self, pid: int, sock: _socket.socket, instance: str, pidfd: int = -1) -> None:
         self.pid = pid
         self.instance = instance
-        self._sock: socket.socket | None = sock
+        self._sock: _socket.socket | None = sock
         self._pidfd = pidfd
 
     def tell(self, record: bytes, fds: list[int]) -> None:
         """Say what it is for, once; `fds` go along."""
+        from socket import send_fds
+
         assert self._sock is not None
-        with self._sock as sock:
-            self._sock = None
+        sock, self._sock = self._sock, None
+        try:
             self._forget()
-            try:
-                socket.send_fds(sock, [len(record).to_bytes(8, "little")], fds)
-                sock.sendall(record)
-            except OSError as error:  # it ended before it could listen: a broken installation
-                raise InstanceError(f"the supervisor ended at once ({error}); see its error above") from None
+            send_fds(sock, [len(record).to_bytes(8, "little")], fds)  # type: ignore[arg-type]
+            sock.sendall(record)
+        except OSError as error:  # it ended before it could listen: a broken installation
+            raise InstanceError(f"the supervisor ended at once ({error}); see its error above") from None
+        finally:
+            sock.close()
 
     def quench(self) -> None:
         """It is not needed: end it and wait for its end. Nothing happens once it was told."""
@@ -93,8 +99,8 @@ def strike(
         raise InstanceError("this Python does not know its own executable (sys.executable is empty)")
     module, _, function = main.partition(":")
     instance = instance or os.urandom(4).hex()
-    ours, theirs = socket.socketpair()
-    with theirs:
+    ours, theirs = _socket.socketpair()
+    try:
         fd = theirs.fileno()
         # sys.path first: headgate itself may be importable only by way of the driver's. Whoever imports
         # a lot and keeps it all has nothing to collect; the supervisor turns collections on when it is done.
@@ -115,6 +121,8 @@ def strike(
             setsigmask=(),
             setsigdef=_DEFAULTS,
         )
+    finally:
+        theirs.close()
     return _adopted(pid, ours, instance) if orphan else Spark(pid, ours, instance)
 
 
@@ -129,7 +137,7 @@ os.write({fd}, os.getpid().to_bytes({size}, "little"))
 """
 
 
-def _adopted(pid: int, sock: socket.socket, instance: str) -> Spark:
+def _adopted(pid: int, sock: _socket.socket, instance: str) -> Spark:
     """The spark of an orphan, which says which process it is; its parent `pid` ends at once."""
     try:
         said = sock.recv(_PID_BYTES)

@@ -11,7 +11,6 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from msgspec.msgpack import encode
 
@@ -91,6 +90,8 @@ def _facts(scope: MutableMapping[str, Any]) -> Head:
 
 def _raw_head(scope: MutableMapping[str, Any]) -> bytes:
     """The head as the middlewares left it."""
+    from urllib.parse import quote  # with Starlette's middlewares it is imported anyway
+
     path = scope["path"]
     target = quote(path, safe="/:@!$&'()*+,;=~").encode() if path != "*" else b"*"
     if scope.get("query_string"):

@@ -38,6 +38,7 @@ from headgate.wire import descriptors, messages
 from headgate.wire.arena import Arena
 from headgate.wire.control import ControlClient
 from headgate.wire.home import home_of_child
+from headgate.wire.link import receive_buffer
 
 if TYPE_CHECKING:
     import socket
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("headgate.proxy")
 
 QUEUE_LIMIT = 1000  # requests that may wait per backend whose config does not say
-_READ_BYTES = 256 * 1024
 #: How much of an answer the kernel keeps of what it has not sent; socket.TCP_NOTSENT_LOWAT is newer than Python 3.11.
 _UNSENT_BYTES = 256 * 1024
 _IPPROTO_TCP, _TCP_NOTSENT_LOWAT = 6, 25
@@ -87,7 +87,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.budget = Budget(options.max_buffered_bytes)
         self.second_opinion = SecondOpinion()
-        self.view = memoryview(bytearray(_READ_BYTES))
+        self.view = receive_buffer()
         self.table = RouteTable(())
         self._routes: list[tuple[str, str, tuple[str, ...]]] = []
         self.targets: dict[str, Target] = {}
