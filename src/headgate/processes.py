@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 def supervisor_main(boot_fd: int) -> NoReturn:
     """Run the supervisor of the instance whose boot record is at `boot_fd`."""
-    from headgate.engine import boot, roles, supervisor
+    from headgate.engine import boot, supervisor
 
-    # Before anything was heard: the driver still imports, binds and writes. A proxy may not be wanted.
-    roles.preload([roles.ROLES["controller"]])
     supervisor.main(boot.read(boot_fd))
 
 

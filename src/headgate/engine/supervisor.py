@@ -30,7 +30,7 @@ import msgspec
 
 from headgate.engine import asks, child, directory, ignition, leash, strays
 from headgate.engine.boot import Boot, ChildBoot
-from headgate.engine.roles import ROLES, Role, preload
+from headgate.engine.roles import ROLES, Preloads, Role
 
 #: The restarts of a controller that keeps dying young: at once, at once, then 0.05 s doubling to 5 s.
 _YOUNG_S = 1.0
@@ -69,6 +69,7 @@ class Supervisor:
         self._controller_due: float | None = 0.0
         self._stopped_until: float | None = None  # the controller, or else it is killed
         self._ask: asks.Line | None = None
+        self._preloads = Preloads(roles, with_proxy=boot.http_fd >= 0)
         self._over = False
         # read and write ends: signals arriving here; the leash on the children
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -88,6 +89,7 @@ class Supervisor:
     # --- the loop -----------------------------------------------------------------------------
 
     def _prepare(self) -> None:
+        gc.disable()  # until all is imported
         leash.set_title("headgate-super")
         leash.adopt_orphans()
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
@@ -101,8 +103,6 @@ class Supervisor:
             self._watch(self._boot.driver_pid)
             if os.getppid() != self._boot.driver_pid:  # the pid may be another process's by now
                 self._over = True
-        first = {"controller", "proxy"} if self._boot.http_fd >= 0 else {"controller"}
-        preload(role for name, role in self._roles.items() if name in first)
 
     def _watch(self, pid: int) -> None:
         try:
@@ -117,15 +117,20 @@ class Supervisor:
             self._start_controller()
         if self._stopped_until is not None and time.monotonic() >= self._stopped_until:
             self._kill_stopped()
-        for fd, event in self._poll.poll(self._timeout_ms()):
+        events = self._poll.poll(self._timeout_ms())
+        for fd, event in events:
             if fd == self._watched:
                 self._over = True
             elif fd == self._wake:
                 self._take_signals()
             elif self._ask is not None and fd == self._ask.fileno():
                 self._serve(event)
+        if not events and self._preloads:
+            self._preloads.do_one()
 
     def _timeout_ms(self) -> float | None:
+        if self._preloads and self._controller_due is None:
+            return 0
         moments = [each for each in (self._controller_due, self._stopped_until) if each is not None]
         if not moments:
             return None
@@ -141,6 +146,7 @@ class Supervisor:
     # --- children -----------------------------------------------------------------------------
 
     def _start_controller(self) -> None:
+        self._preloads.do_for("controller")
         self._controller_due = None
         self._incarnation += 1
         if self._ask is not None:
@@ -156,7 +162,6 @@ class Supervisor:
             theirs.close()
         if self._incarnation == 1:
             self._fork_unasked()
-            preload(role for name, role in self._roles.items() if name not in ("controller", "proxy"))
 
     def _look_at_controller(self) -> None:
         """Note whether a signal has stopped it, or lets it go on."""
@@ -181,6 +186,7 @@ class Supervisor:
                 self._forked(asks.Fork(0, name, name))
 
     def _fork(self, id: str, role: str, name: str, note: bytes, ask: socket.socket | None = None) -> _Running:
+        self._preloads.do_for(role)
         gc.freeze()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
