@@ -42,7 +42,7 @@ class Received:
         self.shard_key = shard_key
         self.request_id, self.endpoint, self.method_name, self.http_method, self.headers, has_kwargs = meta
         self.flags = caller.flags
-        self.data = None if caller.flags & framing.RESERVE else payload.decode(caller.body)
+        self.data = None if caller.flags & framing.RESERVE else payload.decode(caller.inline()[1])
         self.kwargs: dict[str, Any] = {}
         self.has_kwargs = has_kwargs
         if has_kwargs and self.data is not None:

@@ -57,8 +57,8 @@ def _when_done(refs: list[ObjectRef], then: Callable[[], object]) -> None:
 
 def _fill_and_submit(call: Call, data: Any, kwargs: dict[str, Any]) -> None:
     try:
-        raw = data._call.raw if isinstance(data, ObjectRef) and not data._call.raised else None
-        if raw is not None and not kwargs:
+        raw = data._call.pass_on() if isinstance(data, ObjectRef) and not kwargs else None
+        if raw is not None:
             call.fill_encoded(raw)  # passed on as it came, never rebuilt here
         else:
             call.fill(_value(data), {name: _value(value) for name, value in kwargs.items()})

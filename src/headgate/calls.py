@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from itertools import count
 from time import monotonic
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from headgate.errors import (
 )
 from headgate.router import Caller
 from headgate.wire import payload
+from headgate.wire.segments import Store
 
 _TOTAL = struct.Struct("<Q")
 _ERRORS: dict[int, type[HeadgateError]] = {
@@ -39,6 +41,7 @@ _ERRORS: dict[int, type[HeadgateError]] = {
     for kind in (EndpointNotFound, RequestCancelled, ReplicaDied, BackendOverloaded, RequestTimeout)
 }
 
+_taking = threading.Lock()
 _numbers = count(1)
 _process = b""
 
@@ -87,6 +90,7 @@ class Way(Protocol):
 
     loop: asyncio.AbstractEventLoop
     pending: set[Call]
+    segments: Store
 
     def put(self, call: Call) -> None:
         """Submit it, from any thread."""
@@ -124,6 +128,8 @@ class Call(Caller):
     future: asyncio.Future[None] | None = None  # of the lane's loop, for one that awaits `done` there
     _buffer: bytearray | None = None
     _filled = 0
+    _is_taken = False  # `raw` belongs to the value
+    _is_passed_on = False  # `raw` is, or becomes, another call's body
 
     def __init__(self, lane: Way, target: Target) -> None:
         self.lane = lane
@@ -136,15 +142,24 @@ class Call(Caller):
     def fill(self, data: object, kwargs: dict[str, Any]) -> None:
         """Encode the arguments; SerializationError if one cannot travel."""
         if kwargs:
-            self.body = b"".join(payload.encode((data, kwargs)))
+            self._carry(payload.encode((data, kwargs)))
             self.meta = self.target.meta(True)
         else:
-            self.fill_encoded(b"".join(payload.encode(data)))
+            self._carry(payload.encode(data))
+            self.meta = self.target.meta(False)
 
     def fill_encoded(self, body: Any) -> None:
         """As `fill` without keyword arguments, with data that was encoded before."""
-        self.body = body
+        self._carry([body])
         self.meta = self.target.meta(False)
+
+    def _carry(self, parts: Sequence[payload.Buffer]) -> None:
+        self.segment = segment = self.lane.segments.write(parts)
+        if segment is None:
+            self.body = parts[0] if len(parts) == 1 else b"".join(parts)
+        else:
+            self.body = segment.place
+            self.flags |= framing.SEGMENT
 
     # --- waiting for it ---
 
@@ -171,7 +186,22 @@ class Call(Caller):
             raise self.error
         if self.raised:
             raise payload.decode_error(self.raw)
-        return payload.decode(self.raw)
+        raw = self.raw
+        if type(raw) is bytes:
+            return payload.decode(raw)
+        with _taking:
+            own, self._is_taken = not (self._is_passed_on or self._is_taken), True
+        return payload.decode(raw, own)
+
+    def pass_on(self) -> Any:
+        """The encoded value as it came, for another call; None if it is an error or a value was made of it."""
+        if self.raised:
+            return None
+        with _taking:
+            if self._is_taken:
+                return None
+            self._is_passed_on = True
+        return self.raw
 
     # --- what the router calls ---
 
@@ -222,6 +252,9 @@ class Call(Caller):
             return
         self.raw = raw
         self.done = True
+        if self.segment is not None:
+            segment, self.segment = self.segment, None
+            segment.end()
         self.lane.pending.discard(self)
         waiter = self.on_assignment
         if waiter is not None:

@@ -23,6 +23,7 @@ from headgate.instance import Instance, LoopEnd
 from headgate.reservations import Actors
 from headgate.router import Router
 from headgate.wire.control import OVER
+from headgate.wire.segments import Store
 
 #: How long a call of a handle with missing_ok waits for its endpoint.
 MISSING_S = 5.0
@@ -41,6 +42,7 @@ class Lane:
         self.actors: Actors | None = getattr(instance.home, "actors", None)
         self.pending: set[Call] = set()  # with the router, or waiting for an endpoint
         self.closed = False
+        self.segments = Store(self._later, loop.time)
         self._router: Router | None = None
         self._arrived: deque[Call] = deque()
         self._scheduled = False
@@ -75,6 +77,9 @@ class Lane:
             raise InstanceError(
                 OVER if self.closed or not self.instance.usable else "the event loop of this call is closed"
             ) from None
+
+    def _later(self, seconds: float, function: Callable[[], object]) -> None:
+        self.run(self.loop.call_later, seconds, function)
 
     def shadowed(self, endpoint: str) -> bool:
         """Whether copies of requests to that endpoint go to shadows; from any thread."""
@@ -203,6 +208,7 @@ class Lane:
         self.pending.update(self._arrived)
         self._arrived.clear()
         self._fail_all()
+        self.segments.close()
 
     def _fail_all(self) -> None:
         for call in list(self._missing):

@@ -234,6 +234,9 @@ class ShadowCaller(Caller):
         super().__init__()
         self.meta = original.meta
         self.head = original.head
+        if original.segment is not None:  # which is the original's; this is a view of it
+            self.flags, self.body = original.inline()
+            return
         body = original.body
         self.body = bytes(body) if isinstance(body, memoryview) else body
         self.flags = original.flags

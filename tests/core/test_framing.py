@@ -50,10 +50,10 @@ def test_the_header_is_20_bytes():
 
 
 def test_types_and_flags_are_as_every_version_knows_them():
-    names = "CALL REPLY DATA END CREDIT CANCEL ERROR BUSY ROOM DRAINING FREE PING PONG CONTROL"
-    assert [getattr(framing, name) for name in names.split()] == [*range(1, 12), 13, 14, 15]
-    flags = "MORE ARENA HEAD STREAM VALUE RESERVE"
-    assert [getattr(framing, name) for name in flags.split()] == [1, 2, 4, 8, 16, 32]
+    names = "CALL REPLY DATA END CREDIT CANCEL ERROR BUSY ROOM DRAINING FREE TAKEN PING PONG CONTROL"
+    assert [getattr(framing, name) for name in names.split()] == [*range(1, 16)]
+    flags = "MORE ARENA HEAD STREAM VALUE RESERVE SEGMENT"
+    assert [getattr(framing, name) for name in flags.split()] == [1, 2, 4, 8, 16, 32, 64]
 
 
 def test_frames_that_come_whole_point_into_the_bytes_that_were_fed():

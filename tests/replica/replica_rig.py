@@ -20,6 +20,7 @@ from headgate.replica.plain import PlainThread
 from headgate.replica.worker import Worker
 from headgate.wire import payload
 from headgate.wire.link import Link, open_link
+from headgate.wire.segments import Segment
 
 pack = framing.HEADER.pack
 HEAD = b"GET /x?a=1 HTTP/1.1\r\nhost: h\r\n\r\n"
@@ -67,6 +68,16 @@ class RouterEnd(Link):
         meta = msgspec.msgpack.encode([f"id{slot}", "e", None, None, None, bool(kwargs)])
         body = b"".join(payload.encode((data, kwargs) if kwargs else data))
         self.send(pack(len(meta) + len(body), framing.CALL, framing.VALUE, len(meta), slot, 0) + meta + body)
+
+    def segment(self, slot: int, segment: Segment) -> None:
+        """A call whose body is a segment of this process."""
+        meta = msgspec.msgpack.encode([f"id{slot}", "e", None, None, None, False])
+        body, flags = segment.place, framing.VALUE | framing.SEGMENT
+        self.send(pack(len(meta) + len(body), framing.CALL, flags, len(meta), slot, 0) + meta + body)
+
+    def flagged(self, kind: int, flags: int, slot: int = 0, arg: int = 0) -> None:
+        """A frame without a body."""
+        self.send(pack(0, kind, flags, 0, slot, arg))
 
     def reserve(self, slot: int, *, method: str | None = None, ms: int = 0, want: int = 0) -> None:
         """A call for a slot only."""
@@ -118,12 +129,13 @@ class Rig:
     def _on_drained(self) -> None:
         self.drained = True
 
-    async def link(self, name: str = "router") -> RouterEnd:
+    async def link(self, name: str = "router", pid: int = 0) -> RouterEnd:
+        """A link of a router; `pid` is its process if it shares memory with the replica."""
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
             sock.setblocking(False)
         router = RouterEnd()
-        caller = CallerLink(self.worker, name, router.page, None)
+        caller = CallerLink(self.worker, name, router.page, None, pid)
         await open_link(caller, theirs)
         await open_link(router, ours)
         self.links += [router, caller]

@@ -111,6 +111,51 @@ def test_arrays_of_any_layout_come_back(array):
     assert there_and_back(array).shape == array.shape
 
 
+def owned(value):
+    """What becomes of a value whose receiver may keep the buffer, and that buffer."""
+    buffer = bytearray(b"".join(payload.encode(value)))
+    return payload.decode(memoryview(buffer), own=True), buffer
+
+
+@pytest.mark.parametrize("before", range(0, 65, 13))
+def test_a_large_array_is_a_view_of_a_buffer_that_it_may_keep_and_lies_as_arrays_do(before):
+    value, buffer = owned({"pad": b"x" * before, "a": numpy.arange(100_000.0), "b": numpy.arange(90_000, dtype="c16")})
+
+    lying = numpy.frombuffer(buffer, numpy.uint8)
+    for array in (value["a"], value["b"]):
+        assert numpy.shares_memory(array, lying)
+        assert (array.ctypes.data - lying.ctypes.data) % payload.ALIGNMENT == 0
+        assert array.flags.writeable
+    assert value["a"][-1] == 99_999.0
+    assert value["b"][-1] == 89_999
+
+
+def test_a_small_array_and_text_do_not_keep_the_buffer():
+    for value in (numpy.arange(100), [b"x" * 100_000], "x" * 100_000, b"x" * 100_000, {1: "x" * 100_000}):
+        back, buffer = owned(value)
+        buffer[:] = bytes(len(buffer))
+        assert numpy.array_equal(back, value) if isinstance(value, numpy.ndarray) else back == value
+        buffer.append(0)  # nothing refers to it
+
+
+def test_what_keeps_the_buffer_has_its_type_still():
+    read_only = numpy.arange(100_000)
+    read_only.flags.writeable = False
+
+    assert not owned(read_only)[0].flags.writeable
+    assert type(owned(bytearray(100_000))[0]) is bytearray
+    view = owned(memoryview(numpy.arange(100_000, dtype="i4").reshape(2, 50_000)))[0]
+    assert (view.format, view.shape) == ("i", (2, 50_000))
+
+
+@given(st.lists(st.integers(0, 3 * payload.LARGE_BYTES), max_size=6))
+def test_buffers_of_all_sizes_come_back(sizes):
+    value = [numpy.full(size, number, numpy.uint8) for number, size in enumerate(sizes)]
+
+    for back in (there_and_back(value), owned(value)[0]):
+        assert all(numpy.array_equal(one, other) for one, other in zip(value, back, strict=True))
+
+
 def test_a_bytearray_stays_one():
     back = there_and_back(bytearray(b"abc"))
 

@@ -24,9 +24,10 @@ HEADER_BYTES = HEADER.size
 
 #: Types.
 CALL, REPLY, DATA, END, CREDIT, CANCEL, ERROR = 1, 2, 3, 4, 5, 6, 7
-BUSY, ROOM, DRAINING, FREE, PING, PONG, CONTROL = 8, 9, 10, 11, 13, 14, 15
-#: Flags. RESERVE: a CALL for a slot only; its arguments come another way.
-MORE, ARENA, HEAD, STREAM, VALUE, RESERVE = 1, 2, 4, 8, 16, 32
+BUSY, ROOM, DRAINING, FREE, TAKEN, PING, PONG, CONTROL = 8, 9, 10, 11, 12, 13, 14, 15
+#: Flags. RESERVE: a CALL for a slot only; its arguments come another way. SEGMENT: the body is
+#: where a memory of the sender's is (wire/segments.py).
+MORE, ARENA, HEAD, STREAM, VALUE, RESERVE, SEGMENT = 1, 2, 4, 8, 16, 32, 64
 
 #: No frame is longer; a header that says so is not one of ours.
 MAX_FRAME_BYTES = 256 * 1024 * 1024

@@ -20,7 +20,7 @@ from headgate.core import framing
 from headgate.errors import BackendError, HeadgateError, RequestCancelled, RequestTimeout
 from headgate.replica.request import AsyncServeRequest, HTTPRequest, PlainServeRequest
 from headgate.replica.response import Reply, error_reply
-from headgate.replica.stream import BodyFlow
+from headgate.replica.stream import BodyFlow, SegmentFlow
 from headgate.wire import payload
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Job:
 
     __slots__ = (
         "__weakref__", "_meta", "body_end", "body_start", "borrowed", "cancelled", "deadline", "flags", "flow",
-        "head_end", "is_value", "link", "meta_end", "slot", "source", "start", "task", "timed_out", "upload",
+        "head_end", "is_value", "link", "mapped", "meta_end", "slot", "source", "start", "task", "timed_out", "upload",
         "uploaded",
     )  # fmt: skip
 
@@ -69,6 +69,7 @@ class Job:
         self.task: asyncio.Task[None] | None = None
         self.upload: bytearray | None = None  # a body that came in pieces
         self.uploaded = 0
+        self.mapped: memoryview | None = None  # a body that lies in a segment of the caller's, until it is decoded
         self.borrowed = False  # memory of the router's, which is told when nothing refers to it
         self._meta: Any = None
 
@@ -132,7 +133,7 @@ class Job:
         if self.flags & framing.ARENA:
             offset, size = self.segment
             self.borrowed = True
-            return self.link.borrow(offset, size)
+            return self.link.from_arena(offset, size)
         source = self.source
         if type(source) is bytes:
             return source[self.body_start : self.body_end]
@@ -157,7 +158,10 @@ class Job:
 
     def _arguments(self, has_kwargs: bool) -> tuple[Any, dict[str, Any] | None]:
         """The data and the keyword arguments that a handle was called with."""
-        data = payload.decode(self.body)
+        own = self.mapped is not None or self.upload is not None  # nobody else reads it
+        body, self.mapped = self.mapped if self.mapped is not None else self.body, None
+        data = payload.decode(body, own)
+        del body
         if has_kwargs:
             data, kwargs = data
             return data, kwargs
@@ -201,7 +205,11 @@ class Job:
 
     def value(self, result: Any) -> Outcome:
         """A Python value for a handle."""
-        body = b"".join(payload.encode(result))
+        parts = payload.encode(result)
+        segment = self.link.write_segment(parts)
+        if segment is not None:
+            return partial(SegmentFlow, self.link.worker, self, segment)
+        body = b"".join(parts)
         if len(body) > framing.BIG:
             return partial(BodyFlow, self.link.worker, self, framing.VALUE, 200, b"", memoryview(body))
         return _pack(len(body), framing.REPLY, framing.VALUE, 0, self.slot, 200) + body

@@ -8,9 +8,11 @@ its requests are cancelled.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import struct
 import threading
+import time
 import weakref
 from mmap import mmap
 from typing import TYPE_CHECKING
@@ -19,28 +21,39 @@ from headgate.core import framing
 from headgate.errors import ProtocolError
 from headgate.replica.job import Job
 from headgate.replica.reservation import ReservedJob
-from headgate.wire.link import Frame, Link, Source
+from headgate.replica.stream import SegmentFlow
+from headgate.wire.borrowed import SMALLEST_BYTES, place_of
+from headgate.wire.link import Frame, Source
+from headgate.wire.sharing import SharingLink
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from headgate.replica.worker import Worker
+    from headgate.wire.payload import Buffer
+    from headgate.wire.segments import Segment
+
+log = logging.getLogger("headgate.replica")
 
 _pack = framing.HEADER.pack
 _TOTAL = struct.Struct("<Q")
 
 
-class CallerLink(Link):
+class CallerLink(SharingLink):
     """A connection from a router.
 
     page    one byte for each slot, set when its request starts
     arena   memory that the router receives large bodies into, if it has such
+    peer    the router's process; 0: it is not on this machine
     """
 
-    def __init__(self, worker: Worker, name: str, page: mmap, arena: mmap | None) -> None:
+    def __init__(self, worker: Worker, name: str, page: mmap, arena: mmap | None, peer: int = 0) -> None:
         super().__init__()
         self.worker = worker
         self.name = name
         self.page = page
         self.jobs: dict[int, Job] = {}
+        self.peer = peer
         self._arena = arena
         self._writing = threading.RLock()  # flush is part of send_with
         worker.linked(self)
@@ -66,6 +79,10 @@ class CallerLink(Link):
                     job.flow.credit(arg)
             elif kind == framing.ROOM:
                 self.worker.tell_room(self.worker.admission.hand_back(self, arg))
+            elif kind == framing.FREE:
+                self.lent.back(arg, spoiled=bool(flags & framing.MORE))
+            elif kind == framing.TAKEN:
+                self._taken(slot, arg, bool(flags & framing.MORE))
             elif kind == framing.PING:
                 self.send(_pack(0, framing.PONG, 0, 0, 0, arg))
             else:
@@ -95,7 +112,7 @@ class CallerLink(Link):
         if flags & framing.MORE:
             (total,) = _TOTAL.unpack_from(source, job.head_end)
             job.upload = bytearray(total)
-        else:
+        elif not flags & framing.SEGMENT or self._map(job):
             worker.take(job)
 
     def accept(self, flags: int, meta_len: int, slot: int, arg: int, source: Source, start: int, end: int) -> Job:
@@ -177,6 +194,7 @@ class CallerLink(Link):
         """Forget a request that has its final frame; `Worker.freed` follows."""
         if self.jobs.get(job.slot) is job:
             del self.jobs[job.slot]
+        job.mapped = None
         if job.flags & framing.ARENA and not job.borrowed:
             self._free(job.segment[0])
 
@@ -217,7 +235,7 @@ class CallerLink(Link):
         with self.worker.lock, self._writing:  # no other thread may use a descriptor that may be another's by then
             super().connection_lost(exc)
 
-    def borrow(self, offset: int, size: int) -> memoryview:
+    def from_arena(self, offset: int, size: int) -> memoryview:
         """A read-only view of `size` bytes of the arena; the router is told when nothing refers to it."""
         if self._arena is None:
             raise ProtocolError("a body in an arena that was never passed")
@@ -233,7 +251,37 @@ class CallerLink(Link):
         if not self.closed:
             self.send(_pack(0, framing.FREE, 0, 0, 0, offset))
 
+    # --- large values of handles (segments.py) ---
+
+    def _map(self, job: Job) -> bool:
+        """Map a request's body; False: it comes in pieces, since it cannot be mapped."""
+        place = place_of(job.source, job.body_start)
+        try:
+            job.mapped = self.borrow(place)
+        except OSError as error:
+            log.debug("a segment of %s cannot be opened: %s", self.name, error)
+            job.upload = bytearray(place[2])
+            self.ask_for_pieces(job.slot, place)
+            return False
+        return True
+
+    def write_segment(self, parts: Sequence[Buffer]) -> Segment | None:
+        """An answer for the router to be read where it lies; None: send it in frames. On any thread."""
+        if not self.peer or sum(map(len, parts)) < SMALLEST_BYTES or not self.lent.may(time.monotonic()):
+            return None
+        return self.worker.segments.write(parts)
+
+    def _taken(self, slot: int, inode: int, refused: bool) -> None:
+        """The router has an answer, or cannot open it."""
+        job = self.jobs.get(slot)
+        flow = None if job is None else job.flow
+        if isinstance(flow, SegmentFlow) and flow.segment.inode == inode:
+            (flow.refused if refused else flow.taken)()
+        if refused:
+            self.lent.refused(inode, time.monotonic())
+
     def on_end(self) -> None:
+        self.lent.end()
         self.worker.lost(self)
         for job in list(self.jobs.values()):
             if isinstance(job, ReservedJob):

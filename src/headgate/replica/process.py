@@ -50,6 +50,7 @@ from headgate.replica.wear import Wear
 from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import Acceptor
+from headgate.wire.handshake import pid_of
 from headgate.wire.link import open_link
 from headgate.wire.payload import error_text
 from headgate.wire.slots import SLOTS, map_memory
@@ -266,7 +267,7 @@ class Replica:
         # A router of another node shares no memory: nobody reads its page.
         page = map_memory(fds[0]) if fds else mmap.mmap(-1, SLOTS)
         arena = map_memory(fds[1]) if len(fds) > 1 else None
-        link = CallerLink(worker, name, page, arena)
+        link = CallerLink(worker, name, page, arena, pid_of(sock))
         try:
             await open_link(link, sock)
         except OSError:  # no file descriptor is left: it never was one

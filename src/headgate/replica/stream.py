@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from headgate.replica.job import Job
     from headgate.replica.worker import Worker
+    from headgate.wire.segments import Segment
 
 _pack = framing.HEADER.pack
 _TOTAL = struct.Struct("<Q")
@@ -99,6 +100,37 @@ class BodyFlow(Flow):
 
     def cancel(self) -> None:
         self._pump()
+
+
+class SegmentFlow(Flow):
+    """A value that the router reads where it lies; it says when it has it, or that it cannot."""
+
+    def __init__(self, worker: Worker, job: Job, segment: Segment) -> None:
+        super().__init__(worker, job)
+        self.segment = segment
+        if job.cancelled or job.link.closed:  # before this flow was made
+            segment.end()
+            self.end()
+            return
+        job.link.lent.add(segment)
+        place = segment.place
+        flags = framing.SEGMENT | framing.VALUE
+        job.link.send(_pack(len(place), framing.REPLY, flags, 0, job.slot, 200) + place)
+
+    def taken(self) -> None:
+        """The router has the value."""
+        self.segment.end()
+        self.job.link.finish(self.job, b"")
+
+    def refused(self) -> None:
+        """The router waits for pieces."""
+        body = self.segment.view()
+        self.segment.end()
+        BodyFlow(self.worker, self.job, framing.VALUE, 200, b"", body)
+
+    def cancel(self) -> None:
+        """The router takes what was sent for the end of a request that it has given up."""
+        self.taken()
 
 
 class GeneratorFlow(Flow):

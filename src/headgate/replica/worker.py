@@ -31,6 +31,7 @@ from headgate.replica.plain_calls import PlainCalls
 from headgate.replica.reservation import Reservations
 from headgate.replica.watch import STUCK_EXIT
 from headgate.wire.handshake import wire_name
+from headgate.wire.segments import Store
 
 if TYPE_CHECKING:
     from headgate.replica.wear import Wear
@@ -86,6 +87,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
+        self.segments = Store(self._later, self._loop.time)
         self._drained_told = False
         plain.connect(self._wake, self.finish)
 
@@ -255,6 +257,9 @@ class Worker:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop is closed: the process ends
             pass
+
+    def _later(self, seconds: float, function: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, function)
 
     def configure(self, settings: Settings) -> None:
         """Obey new limits from now on."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headgate.errors import HeadgateError
     from headgate.wire.link import Source
     from headgate.wire.replica_link import ReplicaLink
+    from headgate.wire.segments import Segment
 
 NEVER = float("inf")
 
@@ -64,6 +65,7 @@ class Caller:
     body: Any = b""
     flags = 0
     deadline = NEVER  # of the loop's clock
+    segment: Segment | None = None  # with the body, while it is needed; `flags` have SEGMENT
     unlimited = False  # may wait in a line of any length
     # the router's own notes
     order = 0
@@ -110,7 +112,10 @@ class Caller:
 
     def inline(self) -> tuple[int, Any]:
         """(flags, body) for a replica that shares no memory with this process."""
-        return self.flags, self.body
+        segment = self.segment
+        if segment is None:
+            return self.flags & ~framing.SEGMENT, self.body
+        return self.flags & ~framing.SEGMENT, segment.view()
 
     def original(self) -> Caller | None:
         """The request that a shadow of this one copies; None if it cannot be copied."""

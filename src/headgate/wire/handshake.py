@@ -141,10 +141,19 @@ def _check_version(magic: bytes, version: int) -> None:
         raise ProtocolError(f"the peer speaks wire version {version}, this process version {VERSION}")
 
 
+def pid_of(sock: socket.socket) -> int:
+    """The process that dialled an accepted connection; 0 over TCP, and if it cannot be seen from here."""
+    return _credentials(sock)[0] if sock.family == socket.AF_UNIX else 0
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int]:
+    """SO_PEERCRED: pid and user of the process that called listen() or connect()."""
+    pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid
+
+
 def _check_user(sock: socket.socket) -> None:
-    # SO_PEERCRED names the process that called listen() or connect(): its user is what counts here.
-    size = _CREDENTIALS.size
-    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    uid = _credentials(sock)[1]  # the user is what counts: who called listen() may be another process
     if uid != os.geteuid():
         raise ProtocolError(f"the peer runs as user {uid}, this process as {os.geteuid()}")
 

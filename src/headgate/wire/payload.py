@@ -6,7 +6,9 @@ receiver could not find by name (anything of `__main__`, a local class) travels 
 cloudpickle.
 
 `encode` copies nothing that is large: it returns buffers to be written one after the other.
-`decode` gives values that own their memory, so the caller may reuse the buffer it passed in.
+`decode` gives values that own their memory, so the caller may reuse the buffer it passed in; unless it
+gives that away (`own`): then large arrays are views of it. That is why large buffers begin at multiples
+of `ALIGNMENT`.
 
 Only for authenticated links: decoding runs code of the sender's choice. The frames around a
 payload are core/framing.py; errors of headgate itself travel as text, errors.to_wire.
@@ -18,7 +20,7 @@ import functools
 import io
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -30,6 +32,10 @@ NONE, BYTES, TEXT, PICKLE, PICKLE_WITH_BUFFERS, CLOUDPICKLE = range(6)
 _ERROR = msgspec.msgpack.Decoder(tuple[str, str, bytes | None])  # text, traceback, payload
 
 Buffer = bytes | bytearray | memoryview
+
+#: Buffers of this size and more begin where any array may, and can be left where they lie.
+LARGE_BYTES = 64 * 1024
+ALIGNMENT = 64
 
 _COUNT = struct.Struct("<BI")  # kind, number of lengths that follow: the pickle's, then each buffer's
 _NONE, _BYTES, _TEXT, _PICKLE, _, _CLOUDPICKLE = (bytes((kind,)) for kind in range(6))
@@ -56,8 +62,11 @@ def encode(value: object) -> list[Buffer]:
     return _encode_pickle(value)
 
 
-def decode(buffer: Buffer) -> Any:
+def decode(buffer: Buffer, own: bool = False) -> Any:
     """The value that `encode` was given.
+
+    own   whether the buffer, which is writable, becomes the value's: nobody else may use it any more.
+          (A large pickle.PickleBuffer inside of something else then arrives as a memoryview.)
 
     Raises ProtocolError for bytes that `encode` did not make, SerializationError for a value that
     cannot be rebuilt here.
@@ -74,7 +83,9 @@ def decode(buffer: Buffer) -> Any:
         return _load(view[1:], ())
     if kind == PICKLE_WITH_BUFFERS:
         pickled, *buffers = _split(view)
-        return _load(pickled, [bytearray(each) for each in buffers])  # writable, aligned, and its own
+        kept = [each if own and len(each) >= LARGE_BYTES else bytearray(each) for each in buffers]
+        value = _load(pickled, kept)  # whose buffers are writable, aligned, and its own
+        return bytearray(value) if any(value is each for each in kept) and type(value) is memoryview else value
     raise ProtocolError(f"a payload begins with {kind}; this version knows {NONE} to {CLOUDPICKLE}")
 
 
@@ -148,9 +159,27 @@ def _encode_pickle(value: object) -> list[Buffer]:
         pickled = _cloudpickle(value, buffers.append)
     if not buffers:
         return [first, pickled]
-    parts: list[Buffer] = [pickled, *(each.raw() for each in buffers)]
-    lengths = [len(part) for part in parts]
-    return [_COUNT.pack(PICKLE_WITH_BUFFERS, len(parts)) + struct.pack(f"<{len(parts)}Q", *lengths), *parts]
+    contents: list[Buffer] = [pickled, *(each.raw() for each in buffers)]
+    lengths = [len(content) for content in contents]
+    parts: list[Buffer] = [_COUNT.pack(PICKLE_WITH_BUFFERS, len(lengths)) + struct.pack(f"<{len(lengths)}Q", *lengths)]
+    end = len(parts[0])
+    for content, start in zip(contents, _starts(end, lengths), strict=True):
+        if start > end:
+            parts.append(bytes(start - end))
+        parts.append(content)
+        end = start + len(content)
+    return parts
+
+
+def _starts(at: int, lengths: Iterable[int]) -> list[int]:
+    """Where the contents of these lengths begin, the first not before `at`."""
+    starts = []
+    for length in lengths:
+        if length >= LARGE_BYTES:
+            at = -(-at // ALIGNMENT) * ALIGNMENT
+        starts.append(at)
+        at += length
+    return starts
 
 
 def _cloudpickle(value: object, keep: Callable[[pickle.PickleBuffer], Any]) -> bytes:
@@ -198,14 +227,10 @@ def _split(view: memoryview) -> list[memoryview]:
         lengths = struct.unpack_from(f"<{count}Q", view, _COUNT.size)
     except struct.error as error:
         raise ProtocolError(f"a payload's table of lengths is cut short: {error}") from None
-    position = _COUNT.size + 8 * count
-    if count == 0 or position + sum(lengths) != len(view):
+    starts = _starts(_COUNT.size + 8 * count, lengths)
+    if count == 0 or starts[-1] + lengths[-1] != len(view):
         raise ProtocolError(f"a payload of {len(view)} bytes does not have the lengths it states")
-    parts = []
-    for length in lengths:
-        parts.append(view[position : position + length])
-        position += length
-    return parts
+    return [view[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
 def _load(pickled: memoryview, buffers: Any) -> Any:

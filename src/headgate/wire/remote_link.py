@@ -52,15 +52,10 @@ class RemoteReplicaLink(ReplicaLink):
         return _Numbers()
 
     def call(self, caller: Caller, want: int) -> None:
-        if not caller.flags & framing.ARENA:
+        if caller.flags & framing.ARENA:
+            self._call_inline(caller, want)
+        else:
             super().call(caller, want)
-            return
-        kept = caller.flags, caller.body  # a replica that it goes to later may share the arena
-        caller.flags, caller.body = caller.inline()
-        try:
-            super().call(caller, want)
-        finally:
-            caller.flags, caller.body = kept
 
     def _started(self, slot: int, dead: bool) -> bool:
         return all(upload[0] != slot for upload in self._uploads)

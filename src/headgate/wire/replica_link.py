@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from headgate.core import framing
 from headgate.errors import ProtocolError
+from headgate.wire.borrowed import place_of
 from headgate.wire.caller import NEVER as _NEVER
 from headgate.wire.caller import Abandoned, Caller, Hub, Line
 from headgate.wire.handshake import dial
-from headgate.wire.link import PIECE_BYTES, WINDOW_BYTES, Frame, Link, Source, open_link
+from headgate.wire.link import PIECE_BYTES, WINDOW_BYTES, Frame, Source, open_link
+from headgate.wire.sharing import SharingLink
 from headgate.wire.slots import SlotPage
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Caller", "ReplicaLink", "Slots"]
 
 _pack = framing.HEADER.pack
-_REPLY, _MORE, _CALL = framing.REPLY, framing.MORE, framing.CALL
+_REPLY, _MORE, _CALL, _SEGMENT = framing.REPLY, framing.MORE, framing.CALL, framing.SEGMENT
+_NOT_HERE = framing.MORE | framing.SEGMENT
 _TOTAL = struct.Struct("<Q")
 _MAX_MS = 0xFFFFFFFF
 #: A body up to this size goes in its CALL; a larger one in pieces, so that it holds up nobody.
@@ -49,7 +52,7 @@ class Slots(Protocol):
     def close(self) -> None: ...
 
 
-class ReplicaLink(Link):
+class ReplicaLink(SharingLink):
     """A link to one replica of this node, connected by `open`. For other nodes: remote_link.py."""
 
     def __init__(self, router: Hub, backend: Line, replica: ReplicaAddress) -> None:
@@ -74,6 +77,9 @@ class ReplicaLink(Link):
 
     def call(self, caller: Caller, want: int) -> None:
         """Send a request whose slot has been reserved; `want` more wait for this replica."""
+        if caller.flags & _SEGMENT and not self._lend(caller):
+            self._call_inline(caller, want)
+            return
         slot = self._page.take()
         self._pending[slot] = caller
         caller.link = self
@@ -91,6 +97,22 @@ class ReplicaLink(Link):
         else:
             self._upload(slot, caller.flags, arg, meta, head, memoryview(body))
         caller.on_assigned()
+
+    def _call_inline(self, caller: Caller, want: int) -> None:
+        """As `call`, for a replica that cannot read the body where it lies; one it goes to later may."""
+        kept = caller.flags, caller.body
+        caller.flags, caller.body = caller.inline()
+        try:
+            self.call(caller, want)
+        finally:
+            caller.flags, caller.body = kept
+
+    def _lend(self, caller: Caller) -> bool:
+        """Let the replica read the request's segment, if it can."""
+        if caller.segment is None or not self.peer or not self.lent.may(self._router.loop.time()):
+            return False
+        self.lent.add(caller.segment)
+        return True
 
     def _upload(self, slot: int, flags: int, arg: int, meta: bytes, head: bytes, body: memoryview) -> None:
         size = len(meta) + len(head) + 8
@@ -143,9 +165,11 @@ class ReplicaLink(Link):
         pending = self._pending
         backend = self._backend
         for kind, flags, meta_len, slot, arg, source, start, end in frames:
-            if kind == _REPLY and not flags & _MORE:
+            if kind == _REPLY and not flags & _NOT_HERE:
                 self._finish(slot).on_reply(arg, flags, meta_len, source, start, end)
                 backend.answered()
+            elif kind == _REPLY and flags & _SEGMENT:
+                self._on_segment(arg, flags, slot, source, start + meta_len)
             elif kind == _REPLY:
                 caller = pending[slot]
                 caller.answering = True
@@ -181,10 +205,42 @@ class ReplicaLink(Link):
             if not arg:
                 self._suspend()
             self._elsewhere(slot, arg)
+        elif kind == framing.FREE and flags & _SEGMENT:
+            self.lent.back(arg, spoiled=bool(flags & _MORE))
         elif kind == framing.FREE:
             self._router.on_free(arg)
+        elif kind == framing.TAKEN:
+            if flags & _MORE:
+                self._in_pieces(slot, arg)
         else:
             raise ProtocolError(f"frame type {kind} from a replica")
+
+    # --- large values (segments.py) ---
+
+    def _in_pieces(self, slot: int, inode: int) -> None:
+        """The replica cannot open the segment of this request and waits for the body itself."""
+        caller = self._pending[slot]
+        if not caller.gone:  # else it has been told so
+            self._uploads.append((slot, caller.inline()[1]))
+            if len(self._uploads) == 1:
+                self._pump()
+        self.lent.refused(inode, self._router.loop.time())
+
+    def _on_segment(self, arg: int, flags: int, slot: int, source: Source, start: int) -> None:
+        """An answer is there to be read: it is complete once it is mapped here."""
+        place = place_of(source, start)
+        value = memoryview(b"")
+        if self._pending[slot].gone:
+            self.say_free(place[1])
+        else:
+            try:
+                value = self.borrow(place)
+            except OSError:
+                self.ask_for_pieces(slot, place)
+                return
+        self.say_taken(slot, place)
+        self._finish(slot).on_reply(arg, flags, 0, value, 0, len(value))  # type: ignore[arg-type]
+        self._backend.answered()
 
     def _room(self, count: int) -> None:
         """The replica keeps `count` slots for us: use them now or hand them back."""
@@ -220,6 +276,8 @@ class ReplicaLink(Link):
         """The replica did not take the request in this slot."""
         caller = self._forget(slot)
         self._uploads = [upload for upload in self._uploads if upload[0] != slot]
+        if caller.segment is not None:
+            self.lent.back(caller.segment.inode)
         caller.on_refused()
         return caller
 
@@ -258,6 +316,7 @@ class ReplicaLink(Link):
         super().discard()
 
     def on_end(self) -> None:
+        self.lent.end()
         self._backend.lost(self)
         if not self._pending:
             self._release()
@@ -308,6 +367,7 @@ class ReplicaLink(Link):
             self._page.close()
             raise
         self._page.passed()
+        self.peer = pid
         try:
             self._pidfd = os.pidfd_open(pid)
         except OSError:  # it has died already: the link ends at once
