@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import threading
@@ -63,18 +64,21 @@ class Stage:
     async def lent(self, name: str = "router") -> tuple[RouterEnd, CallerLink]:
         """A link that the plain thread reads, after a call in slot 0."""
         router, caller = await self.link(name)
-        await until(lambda: self.lead._leading.may_lend(asyncio.get_running_loop().time()))
-        router.http(0)
-        await router.end(0)
-        assert self.lead.link is caller
-        router.got.clear()
-        return router, caller
+        for _ in range(5000):
+            router.http(0)
+            await router.end(0)
+            await asyncio.sleep(0)
+            router.got.clear()
+            if self.lead.link is caller:
+                return router, caller
+        raise AssertionError("it was not lent")
 
     def close(self) -> None:
         for link in self.links:
             link.abort()
         self.plain.stop()
         self.thread.join(10)
+        os.close(self.plain._event)
         assert not self.thread.is_alive()
 
 
@@ -305,6 +309,22 @@ async def test_what_is_queued_for_the_thread_is_done_while_it_waits_for_the_link
 
 
 @staged(echo)
+async def test_a_link_that_rests_is_read_while_a_call_of_another_takes_long(stage: Stage) -> None:
+    router, _ = await stage.lent()
+    await until(lambda: not stage.lead._looking)
+    other, _ = await stage.link("other")
+    other.http(1, b"wait")
+    await asyncio.to_thread(entered.wait, 10)
+    router.frame(framing.PING)
+    router.http(1)
+    router.frame(framing.CANCEL, 1)
+    await until(lambda: any(kind == framing.PONG for kind, *_ in router.got))
+    gate.set()
+    assert (await router.end(1))[:2] == (framing.ERROR, 499)
+    assert (await other.end(1))[2] == b"wait"
+
+
+@staged(echo)
 async def test_two_links_are_served_at_once(stage: Stage) -> None:
     one, _ = await stage.lent("one")
     two, _ = await stage.link("two")
@@ -414,7 +434,10 @@ def test_only_a_plain_handler_that_takes_single_requests_is_led() -> None:
         for target in (echo, later, batch):
             loaded = LoadedCallable(target, (), "target")
             loaded.construct()
-            found.append(Worker(loaded, Settings(), PlainThread()).plain_calls.lead is not None)
+            plain = PlainThread()
+            found.append(Worker(loaded, Settings(), plain).plain_calls.lead is not None)
+            if plain._event >= 0:
+                os.close(plain._event)
         return found
 
     assert asyncio.run(main()) == [True, False, False]

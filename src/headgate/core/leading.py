@@ -16,6 +16,8 @@ from __future__ import annotations
 
 LOOK_S = 0.005
 SLOW_S = 0.01
+#: The calls of one read that took no longer together have the link lent out.
+QUICK_S = 0.002
 #: How long the loop keeps what it had to take back.
 AFTER_SLOW_S = 0.5
 AFTER_OTHER_S = 0.05

@@ -22,7 +22,7 @@ def capacity(size: int) -> int:
     A quarter more at most, and whole MiB.
 
     >>> capacity(1), capacity(100_000_200) >> 20
-    (1048576, 112)
+    (1048576, 96)
     """
     step = max(_STEP, 1 << max(0, size.bit_length() - 3))
     return -(-max(size, 1) // step) * step

@@ -5,7 +5,8 @@ the last answers held, receive, admit; then run the calls and answer. The first 
 lock, which the loop holds too while it changes what a worker and its links keep. Whoever finds itself the reader
 under the lock is alone with the link; so the loop may take it back whenever user code runs.
 
-What is no ordinary call goes back to the loop together with the link, in the order in which it came.
+What is no ordinary call goes back to the loop together with the link, in the order in which it came. The link goes
+back too before the thread does anything else that is queued for it: that may take as long as it likes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from headgate.core import framing
-from headgate.core.leading import LOOK_S, REST, SLOW_S, TAKE_BACK, Leading
+from headgate.core.leading import LOOK_S, QUICK_S, REST, SLOW_S, TAKE_BACK, Leading
 
 if TYPE_CHECKING:
     from headgate.replica.callable import Method
@@ -45,23 +46,29 @@ class Lead:
         self._loop = asyncio.get_running_loop()
         self._leading = Leading()
         self._term = 0  # counts how often the reader changed
+        self._candidate: CallerLink | None = None
+        self._took = 0.0
         self._rounds = 0
         self._looking = False
+        worker.plain.prepare()
         self._reading = False  # the plain thread may have frames that nobody else knows of
 
     # --- on the loop, under the worker's lock ---
 
-    def lend(self, link: CallerLink) -> None:
-        """Have the plain thread read this link once it has done what is queued, if all is ordinary."""
+    def consider(self, link: CallerLink) -> None:
+        """Calls came by this link: if they prove to be quick, the plain thread is to read it."""
+        if self.link is None and self._leading.may_lend(self._loop.time()):
+            self._candidate = link
+
+    def _lend(self, link: CallerLink) -> None:
         worker = self._worker
-        if self.link is not None or not self._leading.may_lend(self._loop.time()):
-            return
-        if worker.draining or worker.fenced or not link.lend():
-            return
-        self.link = link
-        self._term += 1
-        self._look_soon()
-        worker.plain.put(partial(self._lead, link, self._term))
+        with worker.lock:
+            if self.link is not None or worker.draining or worker.fenced or not link.lend():
+                return
+            self.link = link
+            self._term += 1
+            self._look_soon()
+            worker.plain.put(partial(self._lead, link, self._term))
 
     def forget(self, link: CallerLink) -> None:
         """A link has ended."""
@@ -110,6 +117,13 @@ class Lead:
 
     # --- on the plain thread ---
 
+    def have_run(self, seconds: float) -> None:
+        """The calls of one read are answered; they took so long."""
+        self._took = seconds
+        candidate, self._candidate = self._candidate, None
+        if candidate is not None and seconds <= QUICK_S:
+            self._worker.from_any_thread(self._lend, candidate)
+
     def _lead(self, link: CallerLink, term: int) -> None:
         try:
             while self._go_round(link, term):
@@ -144,12 +158,13 @@ class Lead:
             self._rounds += 1
             if not self._looking:
                 worker.from_any_thread(self._look_soon)
-            if calls.run_now(taken) > SLOW_S and goes_on:
+            calls.run(taken)
+            if self._took > SLOW_S and goes_on:
                 self._give_back(term, is_slow=True)
                 return False
         elif goes_on and not frames:
             plain.poll(fd)
-        if goes_on and not plain.do_queued():
+        if goes_on and plain.is_wanted:
             self._give_back(term)
             return False
         return goes_on

@@ -62,10 +62,13 @@ class PlainThread:
         if self._polls:
             self.wake()
 
-    def poll(self, fd: int) -> None:
-        """On the plain thread: wait until something is queued, `wake` is called, or `fd` has something to read."""
+    def prepare(self) -> None:
+        """To be called once before `poll`: opens a file descriptor, which stays."""
         if self._event < 0:
             self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def poll(self, fd: int) -> None:
+        """On the plain thread: wait until something is queued, `wake` is called, or `fd` has something to read."""
         if self._poll is None or self._poll[0] != fd:
             self._poll = fd, select.poll()
             self._poll[1].register(fd, select.POLLIN)
@@ -84,15 +87,10 @@ class PlainThread:
         if self._event >= 0:
             os.eventfd_write(self._event, 1)
 
-    def do_queued(self) -> bool:
-        """On the plain thread, outside `run`: do what is queued now; False: `run` is to return."""
-        while not self._queue.empty():
-            work = self._queue.get_nowait()
-            if work is None:
-                self._queue.put(None)
-                return False
-            work()
-        return True
+    @property
+    def is_wanted(self) -> bool:
+        """Whether something is queued."""
+        return not self._queue.empty()
 
     def stop(self) -> None:
         """Let `run` return after what is queued now."""

@@ -80,12 +80,12 @@ class PlainCalls:
         if len(taken) > 1 and not self._ticking:
             self._ticking = True
             self._set_timer()
-        self._give(taken)
         if self.lead is not None:
-            self.lead.lend(link)
+            self.lead.consider(link)
+        self._give(taken)
 
     def given(self) -> None:
-        """The thread has calls to make: `run_now` or its like follows."""
+        """The thread has calls to make: `run` follows."""
         self._given += 1
 
     @property
@@ -94,7 +94,7 @@ class PlainCalls:
         return self.lead is not None and self.lead.link is not None
 
     def _give(self, calls: deque[tuple[Job, Method]]) -> None:
-        self._worker.plain.put(partial(self._run, calls))
+        self._worker.plain.put(partial(self.run, calls))
 
     def settle(self) -> None:
         """Free what answered requests held; under the worker's lock."""
@@ -130,19 +130,17 @@ class PlainCalls:
 
     # --- on the plain thread ---
 
-    def run_now(self, calls: deque[tuple[Job, Method]]) -> float:
-        """Make calls that this thread has admitted itself; how long they took together."""
+    def run(self, calls: deque[tuple[Job, Method]]) -> None:
+        """Make the calls of one read and answer them; says how long they took to whoever may lend the link."""
         began = perf_counter()
-        self._run(calls)
-        return perf_counter() - began
-
-    def _run(self, calls: deque[tuple[Job, Method]]) -> None:
         try:
             for _ in self.steps(calls):
                 pass
         except BaseException:  # a signal handler of the user's raised between two calls: the others are made
-            self._worker.plain.put(partial(self._run, calls))
+            self._worker.plain.put(partial(self.run, calls))
             raise
+        if self.lead is not None:
+            self.lead.have_run(perf_counter() - began)
 
     def steps(self, calls: deque[tuple[Job, Method]]) -> Iterator[None]:
         """Make the calls and answer them; pauses between what a call does and its answer."""
