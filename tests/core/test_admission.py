@@ -39,6 +39,19 @@ def test_a_slot_that_comes_free_is_kept_for_the_link_that_was_refused():
     assert (slots.held, slots.reserved) == (2, 0)
 
 
+def test_it_is_open_to_everybody_while_a_slot_is_free_and_nobody_waits_for_it():
+    slots = Admission(limit=2)
+    seen = [slots.is_open]
+    for link in "aab":
+        slots.offer(link)
+        seen.append(slots.is_open)
+    slots.free()  # kept for "b"
+    seen.append(slots.is_open)
+    slots.offer("b")
+    slots.free()
+    assert [*seen, slots.is_open] == [True, True, False, False, False, True]
+
+
 def test_refused_links_take_turns_however_many_calls_each_lost():
     slots = full(limit=6)
     for link in "bbbbcd":

@@ -21,6 +21,10 @@ def test_a_piece_has_room_for_its_value_and_little_more(size: int) -> None:
     assert room - size <= max(MIB, size // 4 + 1)
 
 
+def test_pieces_are_of_whole_mib_a_quarter_larger_at_most() -> None:
+    assert [capacity(1), capacity(MIB), capacity(100_000_200)] == [MIB, MIB, 96 * MIB]
+
+
 def test_the_smallest_that_fits_is_taken_and_none_that_is_far_too_large() -> None:
     spares = Spares(10_000, 5.0)
     for number, size in enumerate((100, 400, 200)):
