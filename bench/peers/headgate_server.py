@@ -88,7 +88,10 @@ def main() -> None:
     client.create_backend(asked.job, HANDLERS[asked.job], config=config)
     method, path, *_ = jobs.JOBS[asked.job].request
     if asked.job == "typed":
-        for route in commandline.patterns("/api/{user_id:int}/{number:float}", asked.routes):
+        asked_for = "/api/{user_id:int}/{number:float}"
+        routes = commandline.patterns(asked_for, asked.routes)
+        # The one that is asked for comes last: as soon as it answers all are there, and nothing is being made any more.
+        for route in sorted(routes, key=asked_for.__eq__):
             client.create_endpoint(route, backend=asked.job, route=route)
     else:
         client.create_endpoint(asked.job, backend=asked.job, route=path, methods=[method])
