@@ -289,6 +289,28 @@ async def test_a_drain_of_a_worker_that_only_listens_ends_at_once(stage: Stage) 
 
 
 @staged(echo)
+async def test_slots_are_freed_under_the_lock_whoever_does_it(stage: Stage) -> None:
+    router, _ = await stage.lent()
+    owned: list[bool] = []
+    freed = stage.worker.freed
+
+    def noted() -> None:
+        owned.append(stage.worker.lock._is_owned())  # type: ignore[attr-defined]
+        freed()
+
+    stage.worker.freed = noted  # type: ignore[method-assign]
+    for slot in range(10):
+        router.http(slot)
+    await router.end(9)
+    router.http(10, b"wait")
+    await asyncio.to_thread(entered.wait, 10)
+    stage.worker.drain()  # from here on the loop frees what the thread has answered
+    gate.set()
+    await asyncio.wait_for(stage.drained.wait(), 10)
+    assert owned == [True] * 11
+
+
+@staged(echo)
 async def test_a_fence_holds_from_the_moment_it_is_set(stage: Stage) -> None:
     router, caller = await stage.lent("p")
     stage.worker.fenced = {caller.name: 9}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import msgspec
 import pytest
-from replica_rig import HEAD, Rig, pack, served
+from replica_rig import HEAD, Rig, RouterEnd, pack, served
 from starlette.responses import JSONResponse, StreamingResponse
 
 import headgate
@@ -186,14 +186,20 @@ async def test_what_arrives_together_is_batched_up_to_the_limit(rig: Rig) -> Non
     assert answers == [b"3", b"3", b"3", b"1"]
 
 
-@served(sizes, max_batch_size=2, batch_wait_timeout_s=0.0, max_concurrent_queries=20)
-async def test_a_full_batch_waits_at_the_thread_while_one_runs_and_no_other(rig: Rig) -> None:
+async def held_up(rig: Rig, requests: int) -> tuple[RouterEnd, Callable[[Any], None], list[Any]]:
+    """A link with so many requests, how to let the plain thread go on, and what it is held up before."""
     link = await rig.link()
     hold: list[Any] = []
     put, rig.plain.put = rig.plain.put, hold.append  # type: ignore[method-assign]
-    for slot in range(7):
+    for slot in range(requests):
         link.http(slot)
     await asyncio.sleep(0.01)
+    return link, put, hold
+
+
+@served(sizes, max_batch_size=2, batch_wait_timeout_s=0.0, max_concurrent_queries=20)
+async def test_a_full_batch_waits_at_the_thread_while_one_runs_and_no_other(rig: Rig) -> None:
+    link, put, hold = await held_up(rig, requests=7)
     assert len(hold) == 2  # one that runs, and a full one
     for expected in (2, 1, 1):  # the last one is not full: it waits for company as long as another runs
         put(hold.pop(0))
@@ -207,12 +213,7 @@ async def test_a_full_batch_waits_at_the_thread_while_one_runs_and_no_other(rig:
 
 @served(sizes, max_batch_size=2, batch_wait_timeout_s=0.0, max_concurrent_queries=20)
 async def test_what_is_cancelled_at_the_thread_before_its_batch_begins_never_runs(rig: Rig) -> None:
-    link = await rig.link()
-    hold: list[Any] = []
-    put, rig.plain.put = rig.plain.put, hold.append  # type: ignore[method-assign]
-    for slot in range(4):
-        link.http(slot)
-    await asyncio.sleep(0.01)
+    link, put, hold = await held_up(rig, requests=4)
     link.frame(framing.CANCEL, 3)
     await asyncio.sleep(0.01)
     for work in hold:

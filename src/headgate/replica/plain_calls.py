@@ -2,7 +2,7 @@
 
 What one read of a link brought goes to the thread as one list. The thread writes the answers itself, those of
 quick handlers several at a time, so that a busy replica's loop is not woken for answers. What a request held
-(its slot, its job) is freed on the loop: before the next call is admitted, or a moment later.
+(its slot, its job) is freed before the next call is admitted, or by the loop a moment later.
 
 An answer is held back while the next calls of its list run, but only if all so far were quick. Should one be
 slow then, the loop writes what was held back, within `TICK_S`.
@@ -86,7 +86,8 @@ class PlainCalls:
 
     def given(self) -> None:
         """The thread has calls to make: `run` follows."""
-        self._given += 1
+        with self._worker.lock:  # who reads a link counts here too
+            self._given += 1
 
     @property
     def _is_led(self) -> bool:
@@ -213,7 +214,7 @@ class PlainCalls:
         if not sent:
             return
         if is_urgent or worker.draining or worker.admission.owes:
-            worker.from_any_thread(self.settle)
+            worker.from_any_thread(worker.settle)
         elif not (self._ticking or self._is_led):
             self._ticking = True
             worker.from_any_thread(self._tick)

@@ -121,10 +121,11 @@ class Worker:
         if not self._routers[link.name]:
             del self._routers[link.name]
             self._on_linked(link.name, False)
-        self.tell_room(self.admission.forget(link))
+        with self.lock:
+            self.tell_room(self.admission.forget(link))
 
     def freed(self) -> None:
-        """A request has ended: its slot goes to whoever is next."""
+        """A request has ended: its slot goes to whoever is next. Under the lock."""
         self.served = served = self.served + 1
         if served == self.last_request and self.wear is not None:
             self.from_any_thread(self.wear.look)
