@@ -75,7 +75,6 @@ class Outcomes:
         if not job.is_value and runs_on_loop(result):
             encoded = encode(result)
             if not isinstance(encoded, tuple):
-                self._worker.watch(job.task)
                 await self._run_flow(job, request, encoded)
                 return None
         return self.of(job, request, result)

@@ -99,11 +99,9 @@ class PlainCalls:
 
     def settle(self) -> None:
         """Free what answered requests held; under the worker's lock."""
-        sent, freed = self._sent, self._worker.freed
+        sent = self._sent
         while sent:
-            job = sent.popleft()
-            job.link.ended(job)
-            freed()
+            self._worker.end(sent.popleft())
             self._has_freed = True
 
     def _tick(self) -> None:

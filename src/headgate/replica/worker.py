@@ -21,11 +21,12 @@ from headgate.core import framing
 from headgate.core.admission import Admission
 from headgate.core.state import Settings
 from headgate.errors import HeadgateError
+from headgate.replica.async_calls import AsyncCalls
 from headgate.replica.batches import Batches
-from headgate.replica.callable import LoadedCallable, Method
+from headgate.replica.callable import LoadedCallable
 from headgate.replica.job import Job, Outcome
 from headgate.replica.links import CallerLink
-from headgate.replica.outcome import WHOLE, Outcomes
+from headgate.replica.outcome import Outcomes
 from headgate.replica.plain import PlainThread
 from headgate.replica.plain_calls import PlainCalls
 from headgate.replica.reservation import Reservations
@@ -83,6 +84,7 @@ class Worker:
         self._on_linked = on_linked
         self._routers: Counter[str] = Counter()  # how many links each process has: one for each of its loops
         self.plain_calls = PlainCalls(self)
+        self.async_calls = AsyncCalls(self)
         self._batches = Batches(self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -135,6 +137,11 @@ class Worker:
         if self.draining:
             self.check_drained()
 
+    def end(self, job: Job) -> None:
+        """Free what a request that has its answer held. Under the lock."""
+        job.link.ended(job)
+        self.freed()
+
     # --- from request to user code ---
 
     def take(self, job: Job) -> None:
@@ -149,7 +156,7 @@ class Worker:
         if method.accepts_batch:
             self._batches.add(job, method)
         elif method.is_async:
-            job.task = self._loop.create_task(self._run_async(job, method))
+            self.async_calls.add(job, method)
         else:
             self.plain_calls.add(job, method)
 
@@ -177,8 +184,6 @@ class Worker:
             job.flow.cancel()
         elif job.task is not None:
             job.task.cancel()
-            if not _has_begun(job.task):  # then nothing of it will ever run
-                self.finish(job, job.refusal() or b"")
         elif self._batches.remove(job) or self.reservations.withdraw(job):
             self.finish(job, job.refusal() or b"")
         elif job.timed_out:
@@ -196,23 +201,6 @@ class Worker:
 
     # --- on the loop ---
 
-    async def _run_async(self, job: Job, method: Method) -> None:
-        outcome: Outcome | None = job.refusal()
-        if outcome is None:
-            try:
-                job.mark_started()
-                request = job.request(True)
-                call = method.function(request) if method.takes_request else method.function()
-                result = await call
-                if type(result) in WHOLE:
-                    outcome = self.outcomes.of(job, request, result)
-                else:
-                    outcome = await self.outcomes.of_async(job, request, result)
-            except BaseException as error:  # noqa: BLE001 - user code may raise anything
-                outcome = self.outcomes.failure(job, error)
-        if outcome is not None:
-            self.finish(job, outcome)
-
     def finish(self, job: Job | None, outcome: Outcome) -> None:
         """An outcome, on the loop."""
         if self.is_fork:
@@ -229,14 +217,9 @@ class Worker:
     def start_task(self, coroutine: Any) -> asyncio.Task[None]:
         """Run a coroutine on the loop; a draining replica waits for it."""
         task: asyncio.Task[None] = self._loop.create_task(coroutine)
-        self.watch(task)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
         return task
-
-    def watch(self, task: asyncio.Task[None] | None) -> None:
-        """Have a draining replica wait for a task that may outlast its request."""
-        if task is not None:
-            self._tasks.add(task)
-            task.add_done_callback(self._task_done)
 
     def start_background(self, coroutine: Any) -> None:
         """Run a coroutine on the loop that a draining replica does not wait for."""
@@ -297,7 +280,7 @@ class Worker:
         """Something ended: call on_drained if that was the last of a draining replica."""
         if not self.draining or self._drained_told:
             return
-        if self.admission.held or self._tasks or self.reservations.has_consumers:
+        if self.admission.held or self._tasks or self.async_calls.is_busy or self.reservations.has_consumers:
             return
         # Whoever is drained may be killed at once.
         is_sent = not self.plain_calls.is_busy and not any(link.unsent for link in self.links)
@@ -306,9 +289,3 @@ class Worker:
             return
         self._drained_told = True
         self._on_drained()
-
-
-def _has_begun(task: asyncio.Task[None]) -> bool:
-    """Whether a task has run its first step."""
-    coroutine: Any = task.get_coro()
-    return bool(coroutine.cr_suspended or coroutine.cr_running or coroutine.cr_frame is None)

@@ -1,0 +1,231 @@
+"""Calls of `async def` handlers, side by side on the loop, on tasks that are used again.
+
+To make a task, to enter it in asyncio's list and to begin it in a later turn takes longer than many a handler. Here
+a Runner, which is one task, makes call after call for as long as they return without having waited. A call that waits
+keeps its runner to itself, and another one goes on.
+
+To user code a runner is the task of its call, which can be cancelled, has timeouts and groups, and each call has
+contextvars of its own. A runner that something might be left in is not used again: its task was cancelled, or has
+callbacks, or somebody still refers to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import types
+from collections import deque
+from contextvars import copy_context
+from sys import getrefcount
+from typing import TYPE_CHECKING, Any
+from weakref import getweakrefcount
+
+from headgate.replica.outcome import WHOLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator
+
+    from headgate.replica.callable import Method
+    from headgate.replica.job import Job, Outcome
+    from headgate.replica.worker import Worker
+
+#: So many runners are made in one turn, when none is free.
+_AT_ONCE = 16
+#: So many are kept while there is nothing to do: 1.5 KB each.
+_MOST_FREE = 256
+
+
+class AsyncCalls:
+    """The calls of a worker's `async def` handlers that take one request each."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.waiting: deque[tuple[Job, Method]] = deque()  # not begun
+        self.free: list[Runner] = []
+        self.runners: set[Runner] = set()
+        self.context = copy_context()  # what each call begins with
+        self._loop = asyncio.get_running_loop()
+        self._is_scheduled = False
+        self._is_beginning = False
+        self._answered: list[Job] = []  # in this turn; not freed yet
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything of a call runs or will; it may outlast its request."""
+        return len(self.runners) > len(self.free)
+
+    def add(self, job: Job, method: Method) -> None:
+        """Begin a call in the next turn of the loop."""
+        self.waiting.append((job, method))
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Begin what waits in the next turn of the loop."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        self._is_scheduled = False
+        waiting, free = self.waiting, self.free
+        self._is_beginning = True
+        try:
+            while waiting and free:
+                free.pop().step()
+        finally:  # a signal handler of the user's may raise anywhere
+            self._is_beginning = False
+            self._settle()
+        if waiting:
+            for _ in range(min(len(waiting), _AT_ONCE)):
+                self.runners.add(Runner(self, self._loop))
+
+    def _settle(self) -> None:
+        """Free what the calls of this turn held, together, and have their answers written."""
+        answered, self._answered = self._answered, []
+        with self.worker.lock:
+            for job in answered:
+                self.worker.end(job)
+        for link in {job.link for job in answered}:
+            link.flush()
+
+    async def answer(self, job: Job, method: Method) -> None:
+        """Make a call and answer it."""
+        outcome: Outcome | None = job.refusal()
+        outcomes = self.worker.outcomes
+        if outcome is None:
+            try:
+                job.mark_started()
+                request = job.request(True)
+                call = method.function(request) if method.takes_request else method.function()
+                result = await call
+                if type(result) in WHOLE:
+                    outcome = outcomes.of(job, request, result)
+                else:
+                    outcome = await outcomes.of_async(job, request, result)
+            except BaseException as error:  # noqa: BLE001 - user code may raise anything
+                outcome = outcomes.failure(job, error)
+        if type(outcome) is bytes and self._is_beginning and not self.worker.is_fork:
+            if not job.link.closed:
+                job.link.send(outcome)
+            job.deadline = math.inf  # is met: watch.py looks at it until the job is freed
+            self._answered.append(job)
+        elif outcome is not None:
+            self.worker.finish(job, outcome)
+
+
+class Runner:
+    """A task that makes calls, and what it waits for when there are none.
+
+    asyncio takes for a future whatever has `_asyncio_future_blocking`; what it gives to `add_done_callback` goes on
+    with the task at once.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_calls", "_is_cancelled", "_loop", "_wake", "task")
+
+    def __init__(self, calls: AsyncCalls, loop: asyncio.AbstractEventLoop) -> None:
+        self._calls = calls
+        self._loop = loop
+        self._asyncio_future_blocking = self._is_cancelled = False
+        self._wake: Callable[[Runner], None] | None = None
+        self.task: asyncio.Task[None] = loop.create_task(self._run())
+
+    def step(self) -> None:
+        """Go on with the task, in place of whoever calls: from the loop only, not from within a task."""
+        wake, self._wake = self._wake, None
+        if wake is not None:  # else it is about to begin
+            wake(self)
+
+    # --- the future that it waits for ---
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(self, wake: Callable[[Runner], None], *, context: object = None) -> None:
+        self._wake = wake
+
+    def result(self) -> None:
+        if self._is_cancelled:
+            raise asyncio.CancelledError
+
+    def cancel(self, msg: object = None) -> bool:
+        """Somebody cancels the task while it is free: it ends, and takes no more calls."""
+        self._is_cancelled = True
+        if self in self._calls.free:
+            self._calls.free.remove(self)
+        self._loop.call_soon(self.step)
+        return True
+
+    # --- the task ---
+
+    async def _run(self) -> None:
+        calls = self._calls
+        try:
+            await self._make_calls()
+        finally:
+            calls.runners.discard(self)
+            if calls.waiting:
+                calls.go_on()
+            self._check_drained()
+
+    @types.coroutine
+    def _make_calls(self) -> Generator[Any, Any, None]:
+        calls, waiting, task = self._calls, self._calls.waiting, self.task
+        yield from self._be_free()
+        refs, weak_refs, callbacks = getrefcount(task), getweakrefcount(task), _callbacks(task)  # nobody knows it yet
+        while (
+            getrefcount(task) == refs
+            and getweakrefcount(task) == weak_refs
+            and not task.cancelling()
+            and _callbacks(task) == callbacks
+        ):
+            if not waiting:
+                if len(calls.free) >= _MOST_FREE:
+                    return
+                yield from self._be_free()
+                continue
+            job, method = waiting.popleft()
+            job.task = task
+            call = calls.answer(job, method)
+            run = calls.context.copy().run
+            try:
+                awaited = run(call.send, None)
+            except StopIteration:
+                job.task = None
+                continue
+            if waiting:
+                calls.go_on()
+            yield from _finish(call, run, awaited)
+            job.task = None
+
+    def _be_free(self) -> Generator[Runner, None, None]:
+        self._calls.free.append(self)
+        if self._calls.waiting:
+            self._calls.go_on()
+        self._check_drained()
+        self._asyncio_future_blocking = True
+        yield self
+
+    def _check_drained(self) -> None:
+        if self._calls.worker.draining:
+            self._calls.worker.check_drained()
+
+
+def _callbacks(task: Any) -> object:
+    """Who is told of the task's end; asyncio has no other way to ask."""
+    return getattr(task, "_callbacks", None)
+
+
+def _finish(
+    call: Coroutine[Any, Any, None], run: Callable[..., Any], awaited: Any
+) -> Generator[Any, Any, None]:
+    """Go on with a call that waits, as a task would, until it ends."""
+    while True:
+        thrown: BaseException | None = None
+        try:
+            value = yield awaited
+        except BaseException as error:  # noqa: BLE001 - goes to the call
+            thrown = error
+        try:
+            awaited = run(call.send, value) if thrown is None else run(call.throw, thrown)
+        except StopIteration:
+            return

@@ -1,0 +1,257 @@
+"""Calls of `async def` handlers: to user code each has a task of its own, though tasks are used again."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from replica_rig import Rig, served
+
+from headgate.core import framing
+from headgate.replica import async_calls
+
+WAIT = b"wait"
+variable: ContextVar[str] = ContextVar("variable", default="unset")
+tasks: list[str] = []  # by name: an address may be given anew
+kept: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _clear(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("CRITICAL")
+    tasks.clear()
+    kept.clear()
+
+
+def current() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+async def noting(request: Any) -> Any:
+    """Notes its task; waits if it is told to."""
+    tasks.append(current().get_name())
+    if request.data == WAIT:
+        await asyncio.sleep(1.0)
+    return len(tasks)
+
+
+async def answers(rig: Rig, *bodies: bytes, together: bool = False) -> list[tuple[int, int, bytes]]:
+    """The answers to calls with these bodies, one after another or at once."""
+    link = await rig.link()
+    for slot, body in enumerate(bodies):
+        link.http(slot, body)
+        if not together:
+            await link.end(slot)
+    return [await link.end(slot) for slot in range(len(bodies))]
+
+
+@served(noting, max_concurrent_queries=100)
+async def test_one_task_makes_the_calls_that_do_not_wait(rig: Rig) -> None:
+    await answers(rig, *[b""] * 40, together=True)
+    await answers(rig, *[b""] * 5)
+    assert len(tasks) == 45
+    assert len(set(tasks)) <= 16  # as many as are made when none is free
+
+
+@served(noting, max_concurrent_queries=100)
+async def test_calls_that_wait_have_a_task_each_and_begin_in_order(rig: Rig) -> None:
+    sent = [WAIT] * 40
+    assert [body for _, _, body in await answers(rig, *sent, together=True)] == [b"40"] * 40
+    assert len(set(tasks)) == 40
+    assert not rig.worker.async_calls.is_busy
+    await answers(rig, *sent, together=True)
+    assert len(set(tasks)) == 40  # the same ones
+
+
+@served(noting, max_concurrent_queries=1000)
+async def test_no_more_than_a_few_tasks_are_kept(rig: Rig) -> None:
+    await answers(rig, *[WAIT] * 400, together=True)
+    await asyncio.sleep(0.01)
+    assert len(set(tasks)) == 400
+    assert len(rig.worker.async_calls.runners) <= async_calls._MOST_FREE + 1
+
+
+async def sets(request: Any) -> Any:
+    seen = variable.get()
+    variable.set("set by the call before")
+    if request.data == WAIT:
+        await asyncio.sleep(0.1)
+        return [seen, variable.get()]
+    return [seen]
+
+
+@served(sets)
+async def test_each_call_has_context_variables_of_its_own(rig: Rig) -> None:
+    for _, status, body in await answers(rig, b"", b"", WAIT, WAIT, b""):
+        assert (status, body[:8]) == (200, b'["unset"')
+    assert variable.get() == "unset"
+
+
+async def starts(request: Any) -> Any:
+    variable.set(request.data.decode())
+    return await asyncio.create_task(reads())
+
+
+async def reads() -> str:
+    await asyncio.sleep(0)
+    return variable.get()
+
+
+@served(starts)
+async def test_tasks_of_a_call_see_its_context_variables(rig: Rig) -> None:
+    assert [body for _, _, body in await answers(rig, b"a", b"b")] == [b"a", b"b"]
+
+
+async def leaves(request: Any) -> Any:
+    """Leaves something in its task."""
+    task = current()
+    tasks.append(task.get_name())
+    what = request.data
+    if what.startswith(b"late "):
+        await asyncio.sleep(0.1)
+        what = what[5:]
+    if what == b"reference":
+        kept.append(task)
+    elif what == b"weak reference":
+        kept.append(weakref.ref(task))
+    elif what == b"callback":
+        task.add_done_callback(kept.append)
+    elif what == b"cancelled":
+        task.cancel()
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            pass
+    elif what == b"cancels":
+        task.cancel()
+    return task.get_name()
+
+
+@pytest.mark.parametrize("when", [b"", b"late "])
+@pytest.mark.parametrize("what", [b"reference", b"weak reference", b"callback", b"cancelled", b"cancels"])
+def test_a_task_that_something_may_be_left_in_makes_no_other_call(when: bytes, what: bytes) -> None:
+    @served(leaves)
+    async def check(rig: Rig) -> None:
+        link = await rig.link()
+        for slot in range(4):
+            link.http(slot, when + what)
+            link.http(slot + 4, b"")
+            assert (await link.end(slot))[1] == (await link.end(slot + 4))[1] == 200
+        for at in range(0, 8, 2):
+            assert tasks[at] not in tasks[at + 1 :]
+        if what == b"callback":
+            assert [task.done() for task in kept if task] == [True] * 4
+
+    check()
+
+
+async def limits(request: Any) -> Any:
+    tasks.append(current().get_name())
+    try:
+        async with asyncio.timeout(0.5):
+            await asyncio.sleep(float(request.data))
+    except TimeoutError:
+        return "late"
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.sleep(0.1))
+    return await asyncio.wait_for(reads(), 1.0)
+
+
+@served(limits)
+async def test_timeouts_and_groups_work_as_in_any_task(rig: Rig) -> None:
+    assert [body for _, _, body in await answers(rig, b"0.1", b"9", b"0.1")] == [b"unset", b"late", b"unset"]
+
+
+@served(noting, max_concurrent_queries=100)
+async def test_a_cancelled_call_ends_and_the_next_is_not_cancelled(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0, WAIT)
+    await asyncio.sleep(0.1)
+    link.frame(framing.CANCEL, 0)
+    link.http(1, WAIT)
+    assert (await link.end(0))[:2] == (framing.ERROR, 499)
+    assert (await link.end(1))[:2] == (framing.REPLY, 200)
+
+
+@served(noting, max_concurrent_queries=100)
+async def test_what_is_cancelled_by_the_read_that_brought_it_never_begins(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0)
+    link.frame(framing.CANCEL, 0)
+    link.http(1)
+    assert (await link.end(0))[:2] == (framing.ERROR, 499)
+    assert (await link.end(1))[:2] == (framing.REPLY, 200)
+    assert len(tasks) == 1
+
+
+async def cancels_all(request: Any) -> Any:
+    if request.data == b"all":
+        for task in asyncio.all_tasks() - {current(), *kept}:
+            task.cancel()
+    elif request.data == WAIT:
+        await asyncio.sleep(1.0)
+    return "well"
+
+
+@served(cancels_all, max_concurrent_queries=100)
+async def test_a_handler_that_cancels_every_task_does_not_end_the_replica(rig: Rig) -> None:
+    kept.append(asyncio.current_task())
+    link = await rig.link()
+    for slot in range(20):
+        link.http(slot, WAIT)
+    await asyncio.sleep(2.0)  # now twenty tasks have nothing to do
+    link.http(20, WAIT)
+    await asyncio.sleep(0.1)
+    for slot in range(21, 30):
+        link.http(slot, b"all" if slot == 21 else b"")
+    assert (await link.end(20))[1] == 500
+    for slot in range(21, 30):
+        assert await link.end(slot) == (framing.REPLY, 200, b"well")
+    assert not rig.worker.async_calls.is_busy
+
+
+async def raises_later(request: Any) -> Any:
+    try:
+        await asyncio.wait_for(asyncio.sleep(9), 0.1)
+    except TimeoutError:
+        pass
+    try:
+        await asyncio.sleep(0)
+        raise KeyError("own")
+    except KeyError as error:
+        return error.__context__ is None
+
+
+@served(raises_later)
+async def test_what_was_thrown_into_a_call_is_no_context_of_later_errors(rig: Rig) -> None:
+    assert (await answers(rig, b""))[0] == (framing.REPLY, 200, b"true")
+
+
+@served(noting, max_concurrent_queries=100)
+async def test_answered_calls_are_no_longer_overdue(rig: Rig) -> None:
+    deadlines: list[float] = []
+    end = rig.worker.end
+    rig.worker.end = lambda job: (deadlines.append(job.deadline), end(job))  # type: ignore[assignment,func-returns-value]
+    link = await rig.link()
+    for slot in range(3):
+        link.http(slot, ms=5)
+    await link.end(2)
+    assert deadlines == [float("inf")] * 3
+
+
+@served(noting, max_concurrent_queries=100)
+async def test_a_drain_waits_for_calls_that_have_not_begun(rig: Rig) -> None:
+    link = await rig.link()
+    link.http(0, WAIT)
+    await asyncio.sleep(0.5)
+    rig.worker.drain()
+    await asyncio.sleep(0.4)
+    assert not rig.drained
+    assert (await link.end(0))[1] == 200
+    await asyncio.sleep(0.01)
+    assert rig.drained
