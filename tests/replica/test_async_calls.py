@@ -232,6 +232,35 @@ async def test_what_was_thrown_into_a_call_is_no_context_of_later_errors(rig: Ri
     assert (await answers(rig, b""))[0] == (framing.REPLY, 200, b"true")
 
 
+class Held:
+    """What a handler holds while it runs."""
+
+
+async def holds(request: Any) -> Any:
+    held, what = Held(), request.data
+    kept.append(weakref.ref(held))
+    if what.startswith(b"late "):
+        await asyncio.sleep(0.1)
+    if what.endswith(b"raises"):
+        raise ValueError(held)
+    if what == WAIT:
+        await asyncio.sleep(9)
+    return 1
+
+
+@served(holds)
+async def test_what_a_call_held_is_let_go_with_its_end(rig: Rig) -> None:
+    link = await rig.link()
+    for slot, body in enumerate((b"", b"late ", b"raises", b"late raises", WAIT)):
+        link.http(slot, body)
+        await asyncio.sleep(0.05)
+        if body == WAIT:
+            link.frame(framing.CANCEL, slot)
+        await link.end(slot)
+        await asyncio.sleep(0.01)
+        assert kept.pop()() is None, body
+
+
 @served(noting, max_concurrent_queries=100)
 async def test_answered_calls_are_no_longer_overdue(rig: Rig) -> None:
     deadlines: list[float] = []

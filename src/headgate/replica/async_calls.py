@@ -190,12 +190,14 @@ class Runner:
             try:
                 awaited = run(call.send, None)
             except StopIteration:
-                job.task = None
-                continue
-            if waiting:
-                calls.go_on()
-            yield from _finish(call, run, awaited)
+                pass
+            else:
+                if waiting:
+                    calls.go_on()
+                yield from _finish(call, run, awaited)
+                del awaited
             job.task = None
+            del job, method, call, run  # what a call held must not live until the next one
 
     def _be_free(self) -> Generator[Runner, None, None]:
         self._calls.free.append(self)
@@ -219,8 +221,8 @@ def _finish(
     call: Coroutine[Any, Any, None], run: Callable[..., Any], awaited: Any
 ) -> Generator[Any, Any, None]:
     """Go on with a call that waits, as a task would, until it ends."""
+    thrown: BaseException | None = None
     while True:
-        thrown: BaseException | None = None
         try:
             value = yield awaited
         except BaseException as error:  # noqa: BLE001 - goes to the call
@@ -229,3 +231,5 @@ def _finish(
             awaited = run(call.send, value) if thrown is None else run(call.throw, thrown)
         except StopIteration:
             return
+        finally:
+            thrown = None  # its traceback has this frame, and the call's
