@@ -1,6 +1,6 @@
 """The replica's work: requests from all links to user code, and its results back.
 
-    links.py → Worker.take → batches.py, plain_calls.py or straight on → user code → outcome.py → links.py
+    links.py → Worker.take → batches.py, plain_calls.py or async_calls.py → user code → outcome.py → links.py
 
 The worker lives on the replica's loop, where links are read and `async def` handlers run; plain
 handlers run on the plain thread (plain.py), which writes what plain_calls.py is to answer itself and
