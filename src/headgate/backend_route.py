@@ -166,9 +166,9 @@ class BackendRoute:
             self.waiting.push_front(caller)
             self._line_changed()
 
-    def answered(self) -> None:
-        """A slot is free again."""
-        self.completed += 1
+    def answered(self, count: int) -> None:
+        """So many slots are free again."""
+        self.completed += count
         if self._lined or self._again or self._retried:
             self.dispatch()
 

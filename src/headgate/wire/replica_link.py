@@ -163,11 +163,11 @@ class ReplicaLink(SharingLink):
 
     def on_frames(self, frames: list[Frame]) -> None:
         pending = self._pending
-        backend = self._backend
+        answers = 0
         for kind, flags, meta_len, slot, arg, source, start, end in frames:
             if kind == _REPLY and not flags & _NOT_HERE:
                 self._finish(slot).on_reply(arg, flags, meta_len, source, start, end)
-                backend.answered()
+                answers += 1
             elif kind == _REPLY and flags & _SEGMENT:
                 self._on_segment(arg, flags, slot, source, start + meta_len)
             elif kind == _REPLY:
@@ -178,6 +178,8 @@ class ReplicaLink(SharingLink):
                 pending[slot].on_data(source, start, end)
             else:
                 self._on_other(kind, flags, meta_len, slot, arg, source, start, end)
+        if answers:
+            self._backend.answered(answers)
         if self._retired and not pending:
             self.close()
 
@@ -187,10 +189,10 @@ class ReplicaLink(SharingLink):
         backend = self._backend
         if kind == framing.END:
             self._finish(slot).on_reply_end()
-            backend.answered()
+            backend.answered(1)
         elif kind == framing.ERROR:
             self._finish(slot).on_error(arg, flags, meta_len, source, start, end)
-            backend.answered()
+            backend.answered(1)
         elif kind == framing.PONG:
             self._pong()
         elif kind == framing.BUSY:
@@ -240,7 +242,7 @@ class ReplicaLink(SharingLink):
                 return
         self.say_taken(slot, place)
         self._finish(slot).on_reply(arg, flags, 0, value, 0, len(value))  # type: ignore[arg-type]
-        self._backend.answered()
+        self._backend.answered(1)
 
     def _room(self, count: int) -> None:
         """The replica keeps `count` slots for us: use them now or hand them back."""
