@@ -127,13 +127,15 @@ async def leaves(request: Any) -> Any:
             await asyncio.sleep(0)
         except asyncio.CancelledError:
             pass
+    elif what == b"name":
+        task.set_name(f"{task.get_name()} of the call")
     elif what == b"cancels":
         task.cancel()
     return task.get_name()
 
 
 @pytest.mark.parametrize("when", [b"", b"late "])
-@pytest.mark.parametrize("what", [b"reference", b"weak reference", b"callback", b"cancelled", b"cancels"])
+@pytest.mark.parametrize("what", [b"reference", b"weak reference", b"callback", b"name", b"cancelled", b"cancels"])
 def test_a_task_that_something_may_be_left_in_makes_no_other_call(when: bytes, what: bytes) -> None:
     @served(leaves)
     async def check(rig: Rig) -> None:
@@ -144,6 +146,7 @@ def test_a_task_that_something_may_be_left_in_makes_no_other_call(when: bytes, w
             assert (await link.end(slot))[1] == (await link.end(slot + 4))[1] == 200
         for at in range(0, 8, 2):
             assert tasks[at] not in tasks[at + 1 :]
+        assert not any("of the call" in name for name in tasks)
         if what == b"callback":
             assert [task.done() for task in kept if task] == [True] * 4
 

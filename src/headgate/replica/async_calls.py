@@ -5,8 +5,8 @@ a Runner, which is one task, makes call after call for as long as they return wi
 keeps its runner to itself, and another one goes on.
 
 To user code a runner is the task of its call, which can be cancelled, has timeouts and groups, and each call has
-contextvars of its own. A runner that something might be left in is not used again: its task was cancelled, or has
-callbacks, or somebody still refers to it.
+contextvars of its own. A runner that something might be left in is not used again: its task was cancelled or renamed,
+or has callbacks, or somebody still refers to it.
 """
 
 from __future__ import annotations
@@ -171,12 +171,14 @@ class Runner:
     def _make_calls(self) -> Generator[Any, Any, None]:
         calls, waiting, task = self._calls, self._calls.waiting, self.task
         yield from self._be_free()
-        refs, weak_refs, callbacks = getrefcount(task), getweakrefcount(task), _callbacks(task)  # nobody knows it yet
+        name, callbacks = task.get_name(), _callbacks(task)
+        refs, weak_refs = getrefcount(task), getweakrefcount(task)  # nobody else knows it yet
         while (
             getrefcount(task) == refs
             and getweakrefcount(task) == weak_refs
             and not task.cancelling()
             and _callbacks(task) == callbacks
+            and task.get_name() == name
         ):
             if not waiting:
                 if len(calls.free) >= _MOST_FREE:
