@@ -145,6 +145,7 @@ class Rules:
         self.frozen_until: dict[str, float] = {}  # replicas; for ever, if they still are
         self.cut: set[Any] = set()
         self.excused: set[str] = set()  # replicas that may be ended at once: by force, frozen, broken
+        self.forced: Counter[str] = Counter()  # deletes by force of a backend that have not ended
         self.answers: Counter[str] = Counter()
         self.died_of: dict[str, set[int]] = defaultdict(set)  # the versions of replicas that died while ready
         self._sent = 0

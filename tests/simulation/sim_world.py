@@ -134,6 +134,8 @@ class SimEngine(FakeEngine):
         used = set(self.used)
         id = await super().start_replica(spec)
         self.world.rules.starts(id, spec, living, used)
+        if self.world.rules.forced[spec.backend]:
+            self.world.rules.excused.add(id)
         return id
 
     async def start_proxy(self, node: str) -> str:
@@ -445,6 +447,8 @@ class SimRouter:
                 self.world.say(f"{name}: done")
                 if change is not None:
                     change.ended = change.confirmed = self.loop.time()
+            if params.get("force"):
+                self.world.rules.forced[params["tag"]] -= 1
         self._calling = False
 
 
@@ -612,6 +616,7 @@ class World:
 
     def do_delete(self, tag: str, force: str = "", by: str = "c1") -> None:
         if force:
+            self.rules.forced[tag] += 1
             self.rules.excused.update(self.engine.living(tag))
         self._client(by).call(self.rules.issued(f"code {tag}", None), "delete_backend", tag=tag, force=bool(force))
 
