@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -34,6 +35,7 @@ def main() -> None:
         report.write(record.merged(map(record.read, options.report)))
         print(f"wrote {report.PAGE.name}, its plots and {report.PUBLISHED.name}")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; what was measured is stored"))  # no server is left
     try:
         wrk.find()
         run(options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -14,6 +16,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from . import commandline, jobs
+
+#: Ports that every Ray Serve of a machine takes, unless each is told others.
+PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
 
 
 class Json:
@@ -111,8 +121,17 @@ def typed(routes: int) -> type:
     return Typed
 
 
+def take_ports() -> None:
+    """So that several run side by side; its actors read them from the environment that they inherit."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
+    for name, probe in zip(PORTS, probes, strict=True):
+        os.environ[name] = str(probe.getsockname()[1])
+        probe.close()
+
+
 def main() -> None:
     asked = commandline.read()
+    take_ports()
     stop = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     ray.init(address="local", include_dashboard=False, logging_level="WARNING", log_to_driver=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .contest import Contender, closed_loop, contest, of_all_peers
+from .contest import Contender, closed_loop, contest, fastest, of_all_peers
 from .session import Session
 from .workload import Bars, Column, Lines, Parts, Table, Workload
 
@@ -25,8 +25,8 @@ def case(connections: int) -> str:
 def contenders(session: Session, workload: str, replicas: int) -> list[Contender]:
     """Plain and `async def` handlers."""
     found = of_all_peers(session, workload, VARIANTS, otherwise=POSTED, replicas=replicas)
-    if session.options.quick:  # Starlette's plain handlers are its slow ones
-        return [each for each in found if each[:2] != ("starlette", "json")]
+    if session.options.quick:
+        return fastest(found)
     posts = [Contender(name, job, variant, replicas) for name in BOTH for job, variant in POSTED.items()]
     return found + [each for each in posts if session.wants(workload, each.peer)]
 
@@ -39,7 +39,7 @@ def measure_one(session: Session) -> None:
 
 
 def measure_two(session: Session) -> None:
-    contest(session, "W2", contenders(session, "W2", 2), {case(64): closed_loop(64)})
+    contest(session, "W2", fastest(contenders(session, "W2", 2)), {case(64): closed_loop(64)})
 
 
 def in_detail(connections: str) -> tuple[Column, ...]:
@@ -86,7 +86,8 @@ W1 = Workload(
 )  # fmt: skip
 
 ABOUT_W2 = """
-As W1 with two replicas, or two worker processes where there is no other.
+As W1 with two replicas, or two worker processes where there is no other. A peer whose plain handlers take threads of
+a pool is there with its `async def` ones only, which are faster.
 """
 
 W2 = Workload(

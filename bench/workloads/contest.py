@@ -1,13 +1,14 @@
 """Servers side by side: each is measured in turn, round after round, A B C A B C.
 
-All servers run for the whole contest, as far as they are quiet when nobody asks them. One that is not (Ray's
-daemons, busy pollers) would slow the others down: it is started for its own turn of each round, and ended after it.
+All servers run for the whole contest. One that is not quiet when nobody asks it (Ray's daemons, busy pollers) would
+slow the others down: it is frozen (SIGSTOP) while it is not its turn.
 
 Whoever cannot be started, or fails while it is measured, is absent with its reason; the others go on.
 """
 
 from __future__ import annotations
 
+import http.client
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -25,8 +26,9 @@ from .session import Session
 #: Share of one core that a server may use while nobody asks it, and how long it is watched.
 QUIET = 0.02
 WATCHES = 3  # what has just started may have to settle
-WATCH_S, QUICK_WATCH_S = 1.0, 0.3
+WATCH_S = 0.5
 WARM_UP_S = 1
+FAILURES = (servers.NoServer, MeasureFailed, wrk.WrkFailed, OSError, http.client.HTTPException)
 
 #: Takes the figures of a server, in so many seconds.
 Measure = Callable[[servers.Server, int], Figures]
@@ -49,6 +51,14 @@ class Contender(NamedTuple):
         return f"{self.peer} ({self.variant})" if self.variant else self.peer
 
 
+class Side(NamedTuple):
+    """A contender and its server, which answers. `restless`: it is frozen while it is not its turn."""
+
+    contender: Contender
+    server: servers.Server
+    restless: bool
+
+
 def of_all_peers(
     session: Session, workload: str, jobs: Mapping[str, str], *, otherwise: Mapping[str, str] = {}, replicas: int = 1
 ) -> list[Contender]:
@@ -68,6 +78,18 @@ def of_all_peers(
     return found
 
 
+def fastest(contenders: Iterable[Contender]) -> list[Contender]:
+    """Of headgate all; of a peer whose plain handlers take threads of a pool only its `async def` ones.
+
+    >>> sides = [Contender(name, job) for name in ("headgate", "starlette") for job in ("json", "json_async")]
+    >>> [f"{side.peer} {side.job}" for side in fastest([*sides, Contender("floor", "json")])]
+    ['headgate json', 'headgate json_async', 'starlette json_async', 'floor json']
+    """
+    found = list(contenders)
+    others = {each.peer for each in found if each.job == "json_async" and not each.peer.startswith("headgate")}
+    return [each for each in found if each.job != "json" or each.peer not in others]
+
+
 def contest(
     session: Session, workload: str, contenders: Iterable[Contender], cases: Mapping[str, Measure]
 ) -> None:
@@ -75,36 +97,31 @@ def contest(
 
     A contender with a `case` of its own has its figures under that name.
     """
-    with ExitStack() as running:
-        quiet: dict[Contender, servers.Server] = {}
-        restless = []
-        for contender in contenders:
-            with ExitStack() as starting:
-                server = started(session, workload, contender, cases, starting)
-                if server is None:
-                    continue
-                if is_quiet(server, QUICK_WATCH_S if session.options.quick else WATCH_S):
-                    quiet[contender] = server
-                    running.push(starting.pop_all())
-                else:
-                    restless.append(contender)
-        if restless:
-            names = ", ".join(contender.name for contender in restless)
-            session.say(f"{workload} not quiet when idle, so each is started for its own turn: {names}")
+    with ExitStack() as stack:
+        sides = [side for each in contenders if (side := started(session, workload, each, cases, stack))]
+        stack.callback(interrupt, [side.server for side in sides])
+        if restless := ", ".join(side.contender.name for side in sides if side.restless):
+            session.say(f"{workload} not quiet when idle, so frozen while it is not their turn: {restless}")
         for number in range(session.options.rounds):
             for case, measure in cases.items():
-                for contender, server in list(quiet.items()):
-                    if not sampled(session, workload, case, contender, number, server, measure):
-                        del quiet[contender]
-            for contender in list(restless):
-                if not own_turn(session, workload, contender, number, cases):
-                    restless.remove(contender)
+                for side in [each for each in sides if not each.restless]:
+                    if not sampled(session, workload, number, side, {case: measure}):
+                        sides.remove(side)
+            for side in [each for each in sides if each.restless]:
+                if not own_turn(session, workload, number, side, cases):
+                    sides.remove(side)
+
+
+def interrupt(running: Iterable[servers.Server]) -> None:
+    """All of them before the first is waited for, since each takes its time."""
+    for server in running:
+        server.interrupt()
 
 
 def started(
     session: Session, workload: str, contender: Contender, cases: Mapping[str, Measure], stack: ExitStack
-) -> servers.Server | None:
-    """A server that is warm, in the stack; None, and absent, if that failed."""
+) -> Side | None:
+    """A server that is warm, in the stack, and frozen if it is restless; None, and absent, if that failed."""
     try:
         server = stack.enter_context(
             servers.running(
@@ -112,44 +129,59 @@ def started(
             )
         )
         session.note_versions(contender.peer)
-        list(cases.values())[-1](server, WARM_UP_S)
-    except (servers.NoServer, MeasureFailed, wrk.WrkFailed, OSError) as error:
+        warm_up(server, cases)
+    except FAILURES as error:
         session.add_absent(workload, contender.name, str(error))
         return None
-    return server
+    side = Side(contender, server, not is_quiet(server))
+    if side.restless:
+        server.freeze()
+    return side
 
 
-def sampled(
-    session: Session, workload: str, case: str, contender: Contender, number: int, server: servers.Server,
-    measure: Measure,
-) -> bool:  # fmt: skip
-    """Whether the figures could be taken; who failed is absent."""
+def own_turn(session: Session, workload: str, number: int, side: Side, cases: Mapping[str, Measure]) -> bool:
+    """All cases of a server that is frozen before and after; it may first do what it missed meanwhile."""
+    side.server.thaw()
     try:
-        figures = measure(server, session.options.seconds)
-        session.add(workload, contender.case or case, contender.name, number, figures)
-    except (MeasureFailed, wrk.WrkFailed, OSError) as error:
-        session.add_absent(workload, contender.name, f"{case}: {error}")
+        warm_up(side.server, cases)
+    except FAILURES as error:
+        session.add_absent(workload, side.contender.name, f"after a pause: {error}")
         return False
+    taken = sampled(session, workload, number, side, cases)
+    side.server.freeze()
+    return taken
+
+
+def warm_up(server: servers.Server, cases: Mapping[str, Measure]) -> None:
+    next(iter(cases.values()))(server, WARM_UP_S)
+    settle(server)
+
+
+def settle(server: servers.Server) -> None:
+    """Until it has answered what the last load left behind: a slow one would still be at it in its next case."""
+    servers.ask(server.port, server.request)
+
+
+def sampled(session: Session, workload: str, number: int, side: Side, cases: Mapping[str, Measure]) -> bool:
+    """Whether the figures could be taken; who failed is absent."""
+    for case, measure in cases.items():
+        try:
+            figures = measure(side.server, session.options.seconds)
+            settle(side.server)
+        except FAILURES as error:
+            session.add_absent(workload, side.contender.name, f"{case}: {error}")
+            return False
+        session.add(workload, side.contender.case or case, side.contender.name, number, figures)
     return True
 
 
-def own_turn(
-    session: Session, workload: str, contender: Contender, number: int, cases: Mapping[str, Measure]
-) -> bool:
-    with ExitStack() as stack:
-        server = started(session, workload, contender, cases, stack)
-        return server is not None and all(
-            sampled(session, workload, case, contender, number, server, measure) for case, measure in cases.items()
-        )
-
-
-def is_quiet(server: servers.Server, seconds: float) -> bool:
+def is_quiet(server: servers.Server) -> bool:
     """Whether it leaves the processor alone while nobody asks it; one tick of the clock says nothing."""
     for _ in range(WATCHES):
         before = cpu_us(server)
-        time.sleep(seconds)
+        time.sleep(WATCH_S)
         spent = sum(cpu_us(server).values()) - sum(before.values())
-        if spent <= max(QUIET * seconds * 1e6, processes.TICK_US):
+        if spent <= max(QUIET * WATCH_S * 1e6, processes.TICK_US):
             return True
     return False
 

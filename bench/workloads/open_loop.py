@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Mapping
 
 import processes
 import servers
 from figures import Figures
 
 from .closed_loop import POSTED, VARIANTS
-from .contest import Contender, contest, cpu_us, of_all_peers
+from .contest import Measure, contest, cpu_us, fastest, of_all_peers
 from .program import run_client
 from .session import Session
 from .workload import Column, Curves, Table, Workload
@@ -23,38 +22,39 @@ SLACK_S = 30.0
 
 
 def measure(session: Session) -> None:
-    contenders = of_all_peers(session, "W9", VARIANTS, otherwise=POSTED)
-    contest(session, "W9", contenders, {CAPACITY: at_rate(lambda server: 0.0)})
-    known = [each for each in contenders if session.record.rounds("W9", CAPACITY, each.name)]
-    levels = {case: at_rate(share_of_capacity(session, known, share)) for case, share in LEVELS.items()}
-    contest(session, "W9", known, levels)
+    contenders = fastest(of_all_peers(session, "W9", VARIANTS, otherwise=POSTED))
+    capacity: dict[servers.Server, float] = {}
+    levels = {case: at_share(share, capacity) for case, share in LEVELS.items()}
+    contest(session, "W9", contenders, {CAPACITY: finds(capacity), **levels})
 
 
-def share_of_capacity(
-    session: Session, contenders: list[Contender], share: float
-) -> Callable[[servers.Server], float]:
-    """server -> that share of the median of its own closed loops in this run."""
-    rates = {
-        (each.peer, each.job): share
-        * median(found["requests_per_s"] for found in session.fresh("W9", CAPACITY, each.name))
-        for each in contenders
-    }
-    return lambda server: rates[server.name, server.job]
+def finds(capacity: dict[servers.Server, float]) -> Measure:
+    """A closed loop, whose rate is what the open loops of the same round go by."""
+
+    def measure(server: servers.Server, seconds: int) -> Figures:
+        found = loaded(server, seconds)
+        capacity[server] = found["requests_per_s"]
+        return found
+
+    return measure
 
 
-def at_rate(rate: Callable[[servers.Server], float]) -> Callable[[servers.Server, int], Figures]:
-    """Measures under that many requests/s; 0: a closed loop. Every round has a schedule of its own."""
+def at_share(share: float, capacity: Mapping[servers.Server, float]) -> Measure:
+    """That share of the capacity, as far as it is known. Every round has a schedule of its own."""
     seeds = iter(range(1, 1_000_000))
 
     def measure(server: servers.Server, seconds: int) -> Figures:
-        before = cpu_us(server)
-        schedule = (f"--rate={rate(server)}", f"--seconds={seconds}", f"--seed={next(seeds)}")
-        pool = f"--connections={CONNECTIONS}"
-        found = run_client("open_loop.py", server.url, server.request, seconds + SLACK_S, *schedule, pool)
-        spent = processes.cpu_per_request(before, cpu_us(server), found["requests"])
-        return {**found, "cpu_us": sum(spent.values()), "cpu_by_process": spent}
+        return loaded(server, seconds, f"--rate={share * capacity.get(server, 0.0)}", f"--seed={next(seeds)}")
 
     return measure
+
+
+def loaded(server: servers.Server, seconds: int, *schedule: str) -> Figures:
+    before = cpu_us(server)
+    options = (f"--connections={CONNECTIONS}", f"--seconds={seconds}")
+    found = run_client("open_loop.py", server.url, server.request, seconds + SLACK_S, *options, *schedule)
+    spent = processes.cpu_per_request(before, cpu_us(server), found["requests"])
+    return {**found, "cpu_us": sum(spent.values()), "cpu_by_process": spent}
 
 
 def columns(level: str) -> tuple[Column, ...]:
@@ -74,10 +74,10 @@ def columns(level: str) -> tuple[Column, ...]:
 
 ABOUT = """
 `GET /json` of W1 at the moments of a seeded Poisson process, at 50 % and 90 % of what a closed loop of 64
-connections by the same generator reaches. Latency counts from the moment at which a request was meant to be sent,
-on 64 connections; one that finds none free waits, and that counts. The percentiles are exact, of all requests. The
-generator is a Python process on the same cores: where its CPU is near 100 %, or its lag is near the latency, the
-figures are its own.
+connections by the same generator reached in the same round. Latency counts from the moment at which a request was
+meant to be sent, on 64 connections; one that finds none free waits, and that counts. The percentiles are exact, of
+all requests. The generator is a Python process on the same cores: where its CPU is near 100 %, or its lag is near the
+latency, the figures are its own. A peer whose plain handlers take threads of a pool is there with its `async def` ones.
 """
 
 W9 = Workload(

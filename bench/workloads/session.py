@@ -52,11 +52,6 @@ class Session:
         shown = "  ".join(f"{name} {value:,.4g}" for name, value in list(found.items())[:4] if _is_number(value))
         self.say(f"{workload} round {number + 1}  {contender:24} {case:28} {shown}")
 
-    def fresh(self, workload: str, case: str, contender: str) -> list[Figures]:
-        """The rounds of this run."""
-        rounds = self.record.rounds(workload, case, contender)
-        return [found for key, found in rounds.items() if key.startswith(f"{self._run}/")]
-
     def add_absent(self, workload: str, contender: str, why: str) -> None:
         """Say why a contender has no figures."""
         self.record.add_absent(workload, contender, why)
