@@ -17,7 +17,7 @@ it. `goals.snapshot` publishes what `serving` lists; controller/controller.py pe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -182,10 +182,10 @@ def plan(
     keep: set[str] = set()
     for version, goal in wanted.items():
         mine = there.get(version, ())
-        alive = _alive(goal, mine)
-        keep.update(one.id for one in alive)
+        kept, alive = _used(goal, mine)
+        keep.update([one.id for one in alive])
         if now >= _next_try(failures.get(version)):
-            missing = goal.settings.num_replicas - len(_kept(goal, mine))
+            missing = goal.settings.num_replicas - len(kept)
             actions.extend(Start(goal.tag, goal.version) for _ in range(missing))
         actions.extend(
             Reconfigure(one.id, goal.config_version)
@@ -235,7 +235,7 @@ def unmet(
     keep: set[str] = set()
     for version, goal in wanted.items():
         mine = there.get(version, ())
-        alive = _alive(goal, mine)
+        _, alive = _used(goal, mine)
         keep.update(one.id for one in alive)
         waits.extend(f"replica {one.id} serves until a new one is ready: {one.worn}" for one in alive if one.worn)
         if not reached(goal, mine):
@@ -260,8 +260,13 @@ def _next_try(failures: Failures | None) -> float:
 # ---------------------------------------------------------------- what is there
 
 
-def _of(goal: BackendGoal, seen: Iterable[Seen]) -> Iterator[Seen]:
-    return (one for one in seen if one.backend == goal.tag and one.version == goal.version)
+def _in(phase: str, goal: BackendGoal, seen: Iterable[Seen]) -> list[Seen]:
+    """Oldest first."""
+    tag, version = goal.tag, goal.version
+    found = [one for one in seen if one.phase == phase and one.version == version and one.backend == tag]
+    if len(found) > 1:
+        found.sort(key=_age)
+    return found
 
 
 def _age(one: Seen) -> tuple[str, int, str]:
@@ -275,26 +280,22 @@ def _is_configured(goal: BackendGoal, one: Seen) -> bool:
 
 def _ready(goal: BackendGoal, seen: Iterable[Seen]) -> list[Seen]:
     """Oldest first; after them the worn ones, of which the oldest comes last: the first to go."""
-    ready = sorted((one for one in _of(goal, seen) if one.phase == lifecycle.READY), key=_age)
-    return [one for one in ready if not one.worn] + [one for one in reversed(ready) if one.worn]
+    ready = _in(lifecycle.READY, goal, seen)
+    if worn := [one for one in ready if one.worn]:
+        return [one for one in ready if not one.worn] + worn[::-1]
+    return ready
 
 
-def _kept(goal: BackendGoal, seen: Sequence[Seen]) -> list[Seen]:
-    """The ready and starting replicas that the goal has a use for: ready ones first, then by age.
+def _used(goal: BackendGoal, seen: Sequence[Seen]) -> tuple[list[Seen], list[Seen]]:
+    """The ready and starting replicas that the goal has a use for: ready ones first, then by age. And all that live on.
 
-    The worn one whose turn it is to go is not among them: so another is started in its place.
+    The worn one whose turn it is to go is only among the latter, where it still serves: so another is started in
+    its place.
     """
-    ready = _ready(goal, seen)
-    if ready and ready[-1].worn:
-        ready.pop()
-    starting = sorted((one for one in _of(goal, seen) if one.phase == lifecycle.STARTING), key=_age)
-    return [*ready, *starting][: goal.settings.num_replicas]
-
-
-def _alive(goal: BackendGoal, seen: Sequence[Seen]) -> list[Seen]:
-    """Those, and the worn one where it still serves."""
-    kept = _kept(goal, seen)
-    return kept + [one for one in serving(goal, seen) if one not in kept]
+    ready, count = _ready(goal, seen), goal.settings.num_replicas
+    lasting = ready[:-1] if ready and ready[-1].worn else ready
+    kept = [*lasting, *_in(lifecycle.STARTING, goal, seen)][:count]
+    return kept, kept + [one for one in ready[:count] if one not in kept]
 
 
 def _drains_until(one: Seen, patience: Mapping[str, float]) -> float:
