@@ -74,3 +74,9 @@ def pss_mb(pids: Iterable[int]) -> dict[tuple[int, str], float]:
         kib = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
         sizes[pid, name] = kib * 1024 / 1e6
     return sizes
+
+
+def available_mb() -> float:
+    """Memory that new processes can have without swapping, in MB (10^6 bytes)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e6

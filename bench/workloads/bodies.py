@@ -15,8 +15,7 @@ IN_AND_OUT = "1 MiB in and out"
 def measure(session: Session) -> None:
     takers = of_all_peers(session, "W4", {"length": "", "length_view": "view"})
     contest(session, "W4", takers, {IN: closed_loop(CONNECTIONS)})
-    if not session.options.quick:
-        contest(session, "W4", of_all_peers(session, "W4", {"echo": ""}), {IN_AND_OUT: closed_loop(CONNECTIONS)})
+    contest(session, "W4", of_all_peers(session, "W4", {"echo": ""}), {IN_AND_OUT: closed_loop(CONNECTIONS)})
 
 
 ABOUT = """

@@ -12,7 +12,7 @@ import processes
 import servers
 import wrk
 from figures import Figures
-from peers.jobs import Request
+from peers.jobs import JOBS, Request
 from programs.replicas import HANDLER_S, SLOTS
 
 from .contest import cpu_us
@@ -23,9 +23,13 @@ from .workload import Lines, Row, Sheet, Workload
 NAME = "headgate"
 REPLICAS = (1, 2, 4, 8, 16)
 ENDPOINTS = (1, 10, 100, 1000)
-#: Each is a process: a machine has room for some.
-BACKENDS = (1, 10, 100)
+#: A replica each, which is a process. The most of them only once, and where the memory suffices.
+BACKENDS, MOST_BACKENDS = (1, 10, 100), 1000
+REPLICA_MB, SPARE_MB = 8.0, 2000.0
+PROXIES = (1, 2)
 IDLE = 2000
+#: A quick run takes the ends, and the endpoints once.
+QUICK_REPLICAS, QUICK_ENDPOINTS = (1, 16), (1000,)
 #: Who asks while something changes.
 ASKING = 8
 GROW_S = 600.0
@@ -40,6 +44,14 @@ def replica_case(count: int) -> str:
     return f"{count} replica{'s' if count > 1 else ''}"
 
 
+def proxy_case(count: int) -> str:
+    """
+    >>> proxy_case(1), proxy_case(2)
+    ('1 proxy', '2 proxies')
+    """
+    return "1 proxy" if count == 1 else f"{count} proxies"
+
+
 def size_case(count: int, what: str) -> str:
     """
     >>> size_case(1, "endpoint"), size_case(1000, "endpoint")
@@ -52,7 +64,8 @@ def measure(session: Session) -> None:
     if not session.wants("W10", NAME):
         return
     session.note_versions(NAME)
-    for part in (grow_replicas, grow_endpoints, grow_backends, keep_idle):
+    others = () if session.options.quick else (grow_backends, keep_idle, grow_proxies)
+    for part in (grow_replicas, grow_endpoints, *others):
         try:
             part(session)
         except FAILURES as error:
@@ -64,7 +77,7 @@ def grow_replicas(session: Session) -> None:
     ask = Request("GET", "/wait")
     with ExitStack() as stack:
         ports = {}
-        for count in REPLICAS:
+        for count in QUICK_REPLICAS if session.options.quick else REPLICAS:
             ports[count] = servers.free_port()
             stack.enter_context(program("replicas", count, ports[count]))
         for number in range(-1, session.options.rounds):
@@ -78,10 +91,11 @@ def grow_replicas(session: Session) -> None:
 
 
 def grow_endpoints(session: Session) -> None:
-    for number in range(session.options.rounds):
+    quick = session.options.quick
+    for number in range(1 if quick else session.options.rounds):
         port = servers.free_port()
         with program("growing", port) as growing:
-            for count in ENDPOINTS:
+            for count in QUICK_ENDPOINTS if quick else ENDPOINTS:
                 found = growing.ask(GROW_S, endpoints=count)
                 found |= publish(growing, port, session.options.seconds)
                 session.add("W10", size_case(count, "endpoint"), NAME, number, found)
@@ -111,11 +125,23 @@ def load_of(port: int, seconds: int) -> Figures:
 def grow_backends(session: Session) -> None:
     for number in range(session.options.rounds):
         with program("growing", servers.free_port()) as growing:
-            for count in BACKENDS:
+            for count in (*BACKENDS, *most_backends(session, number)):
                 found = growing.ask(GROW_S, backends=count)
                 sizes = processes.pss_mb(growing.pids)
                 found |= {**growing.ask(60.0, publish_for=1.0), "processes": len(sizes), "pss_mb": sum(sizes.values())}
                 session.add("W10", size_case(count, "backend"), NAME, number, found)
+
+
+def most_backends(session: Session, number: int) -> tuple[int, ...]:
+    """That many in the last round, if there is room for them."""
+    if number < session.options.rounds - 1:
+        return ()
+    needed, available = MOST_BACKENDS * REPLICA_MB + SPARE_MB, processes.available_mb()
+    if available < needed:
+        why = f"they take about {needed:,.0f} MB of memory, and {available:,.0f} were available"
+        session.add_absent("W10", size_case(MOST_BACKENDS, "backend"), why)
+        return ()
+    return (MOST_BACKENDS,)
 
 
 def keep_idle(session: Session) -> None:
@@ -127,6 +153,29 @@ def keep_idle(session: Session) -> None:
                 session.add(
                     "W10", f"{IDLE:,} idle connections", NAME, number, beside_idle(server, session.options.seconds)
                 )
+
+
+def grow_proxies(session: Session) -> None:
+    """One and two on the same listener, in turns."""
+    with ExitStack() as stack:
+        sides = {}
+        for count in PROXIES:
+            port = servers.free_port()
+            sides[count] = port, stack.enter_context(program("proxies", count, port))
+        for number in range(-1, session.options.rounds):
+            for count, (port, running) in sides.items():
+                found = of_proxies(port, running, session.options.seconds if number >= 0 else 1)
+                if number >= 0:
+                    session.add("W10", proxy_case(count), NAME, number, found)
+
+
+def of_proxies(port: int, running: Program, seconds: int) -> Figures:
+    ask = JOBS["json"].request
+    before = processes.cpu_us(running.pids)
+    load, _ = wrk.run(f"http://127.0.0.1:{port}{ask.path}", ask, 64, seconds)
+    spent = processes.cpu_per_request(before, processes.cpu_us(running.pids), load.requests)
+    sizes = processes.pss_mb(running.pids)
+    return {**load._asdict(), "cpu_us": sum(spent.values()), "cpu_by_process": spent, "pss_mb": sum(sizes.values())}
 
 
 def beside_idle(server: servers.Server, seconds: int) -> Figures:
@@ -162,7 +211,8 @@ def idle(port: int, count: int) -> Iterator[None]:
 
 REPLICA_CASES = tuple(map(replica_case, REPLICAS))
 ENDPOINT_CASES = tuple(size_case(count, "endpoint") for count in ENDPOINTS)
-BACKEND_CASES = tuple(size_case(count, "backend") for count in BACKENDS)
+BACKEND_CASES = tuple(size_case(count, "backend") for count in (*BACKENDS, MOST_BACKENDS))
+PROXY_CASES = tuple(map(proxy_case, PROXIES))
 IDLE_CASES = ("0 idle connections", f"{IDLE:,} idle connections")
 
 
@@ -175,8 +225,10 @@ headgate alone. **Replicas** of 8 slots each with an `async def` handler of 5 ms
 **Endpoints** on one backend, each with a typed route: what creating one costs at that size, the size of the
 snapshot that every process gets, the time of `set_traffic`, which returns when the change is in force in every
 process, and the longest time without an answer on 8 connections while changes come ten times a second, and while
-none come. **Backends** with one replica each, which is a process; no more than 100 of them, for 1,000 processes are
-more than one machine of this size runs. **Idle connections** that were answered once.
+none come. **Backends** with one replica each, which is a process; 16 are created at a time, but the last ten one after
+another, and those are what creating one costs. 1,000 of them only in one round, where there is memory for as many
+processes. **Idle connections** that were answered once. **Proxies** on one listener, which no option asks for: W1 with
+64 connections.
 """
 
 W10 = Workload(
@@ -201,7 +253,8 @@ W10 = Workload(
         ),
         by_case(
             BACKEND_CASES, "backends of one replica",
-            ("create_backend ms", "create_ms", ".0f", 1.0), ("set_traffic ms", "publish_ms", ".1f", 1.0),
+            ("create_backend ms", "create_ms", ".0f", 1.0), ("all that are new, s", "all_s", ".1f", 1.0),
+            ("set_traffic ms", "publish_ms", ".1f", 1.0),
             ("processes", "processes", ".0f", 1.0), ("PSS MB", "pss_mb", ",.0f", 1.0),
         ),
         by_case(
@@ -209,6 +262,12 @@ W10 = Workload(
             ("p50 ms of one that asks", "p50_us", ".3f", 1e3), ("p99 ms", "p99_us", ".3f", 1e3),
             ("requests/s of 64 that ask", "requests_per_s", ",.0f", 1.0), ("PSS MB", "pss_mb", ".1f", 1.0),
             ("CPU % while nobody asks", "idle_cpu", ".1f", 0.01),
+        ),
+        by_case(
+            PROXY_CASES, "proxies",
+            ("requests/s", "requests_per_s", ",.0f", 1.0), ("p50 ms", "p50_us", ".2f", 1e3),
+            ("p99 ms", "p99_us", ".2f", 1e3), ("CPU µs per request", "cpu_us", ".1f", 1.0),
+            ("PSS MB", "pss_mb", ".1f", 1.0),
         ),
     ),
     (

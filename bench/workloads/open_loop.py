@@ -22,7 +22,8 @@ SLACK_S = 30.0
 
 
 def measure(session: Session) -> None:
-    contenders = fastest(of_all_peers(session, "W9", VARIANTS, otherwise=POSTED))
+    variants = {"json": ""} if session.options.quick else VARIANTS
+    contenders = fastest(of_all_peers(session, "W9", variants, otherwise=POSTED))
     capacity: dict[servers.Server, float] = {}
     levels = {case: at_share(share, capacity) for case, share in LEVELS.items()}
     contest(session, "W9", contenders, {CAPACITY: finds(capacity), **levels})

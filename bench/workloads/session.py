@@ -13,11 +13,13 @@ from record import Record
 
 #: Of these a quick run takes figures, which is two minutes' worth: workload -> peers.
 QUICK = {
-    "W1": ("headgate", "floor", "starlette", "mosec"),
+    "W1": ("headgate", "floor", "starlette", "granian", "mosec"),
     "W3": ("headgate", "mosec", "inprocess"),
     "W4": ("headgate", "starlette"),
-    "W6": ("headgate", "starlette", "mosec"),
+    "W6": ("headgate", "mosec"),
     "W7": ("headgate",),
+    "W9": ("headgate",),
+    "W10": ("headgate",),
 }
 
 
