@@ -36,8 +36,6 @@ from peers import environments, jobs
 HERE = Path(__file__).parent
 SECONDS_TO_START = 180.0
 SECONDS_TO_STOP = 30.0
-#: Where nobody measures how long it takes: Ray needs 9 s, and some now and then do not end at all.
-SECONDS_UNTIL_KILLED = 12.0
 SECONDS_TO_ANSWER = 10.0
 
 #: A variable in the environment of all processes of a server, also of those that left its session and its tree.
@@ -195,7 +193,7 @@ def running(peer: str, job: str, *, replicas: int = 1, routes: int = 1, port: in
         server.wait_until_it_answers()
         yield server
     finally:
-        server.stop(SECONDS_UNTIL_KILLED)
+        server.stop(peers.PEERS[peer].seconds_to_stop)
 
 
 def send(number: signal.Signals, processes_of_it: Iterable[tuple[int, str]]) -> None:

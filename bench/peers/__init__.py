@@ -56,6 +56,7 @@ class Peer(NamedTuple):
     row             what to send for a row of `model`, where it is not the row's bytes
     answer          the answer to the job `model` inside a response, where it is not all of it
     note            what a reader of its figures has to know
+    seconds_to_stop   how long it may take where nobody measures that: some now and then do not end by themselves
     """
 
     name: str
@@ -71,6 +72,7 @@ class Peer(NamedTuple):
     row: Callable[[bytes], Request] | None = None
     answer: Callable[[bytes], bytes] | None = None
     note: str = ""
+    seconds_to_stop: float = 3.0
 
     def request(self, job: str, features: bytes = RAW_ROW) -> Request:
         """What to send for a job; `features` are the row of `model`."""
@@ -127,6 +129,8 @@ def peer(name: str, title: str, module: str, distributions: str, cannot: Mapping
 
 HEADGATE = "headgate uvloop httptools msgspec starlette"
 STARLETTE = "its plain handlers run in a thread pool; bodies are read by async def handlers"
+#: Ray takes 9 s on two cores.
+RAY_STOPS_IN = 20.0
 RAY_SERVE = "max_ongoing_requests=100; routes with parameters by its FastAPI ingress"
 
 _ALL = (
@@ -142,7 +146,7 @@ _ALL = (
         "headgate-ray", "headgate on Ray", "headgate_server", f"{HEADGATE} ray", {},
         arguments=("100",),
         variables={"HEADGATE_ENGINE": "ray", "RAY_AUTH_MODE": "disabled"},
-        note="max_concurrent_queries=100; a Ray of its own, without dashboard",
+        note="max_concurrent_queries=100; a Ray of its own, without dashboard", seconds_to_stop=RAY_STOPS_IN,
     ),
     peer(
         "floor", "httptools on uvloop, answers in place", "floor_server", "httptools uvloop",
@@ -200,7 +204,7 @@ _ALL = (
     ),
     peer(
         "ray-serve", "Ray Serve", "ray_serve_server", "ray fastapi starlette uvicorn", VIEW,
-        note=f"defaults; {RAY_SERVE}",
+        note=f"defaults; {RAY_SERVE}", seconds_to_stop=RAY_STOPS_IN,
     ),
     peer(
         "ray-serve-throughput", "Ray Serve, throughput mode with HAProxy", "ray_serve_server",
@@ -211,6 +215,7 @@ _ALL = (
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         },
         note=f"RAY_SERVE_THROUGHPUT_OPTIMIZED=1, RAY_SERVE_ENABLE_HA_PROXY=1; {RAY_SERVE}",
+        seconds_to_stop=RAY_STOPS_IN,
     ),
     peer(
         "inprocess", "a batcher in one process", "inprocess_server", "httptools uvloop numpy",

@@ -121,7 +121,7 @@ def interrupt(running: Iterable[servers.Server]) -> None:
 def started(
     session: Session, workload: str, contender: Contender, cases: Mapping[str, Measure], stack: ExitStack
 ) -> Side | None:
-    """A server that is warm, in the stack, and frozen if it is restless; None, and absent, if that failed."""
+    """A server in the stack, warm unless time is short, frozen if it is restless; None, and absent, if that failed."""
     try:
         server = stack.enter_context(
             servers.running(
@@ -129,7 +129,8 @@ def started(
             )
         )
         session.note_versions(contender.peer)
-        warm_up(server, cases)
+        if not session.options.quick:
+            warm_up(server, cases)
     except FAILURES as error:
         session.add_absent(workload, contender.name, str(error))
         return None
