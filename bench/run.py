@@ -1,8 +1,9 @@
 """headgate beside its peers: W1 to W10, round by round. docs/performance.md has the method and the last figures.
 
-    scripts/bench                                   everything: hours, for Ray starts often
-    scripts/bench --quick                           the most important, in two minutes
+    scripts/bench --quick                           the targets that need no Ray, in about two minutes
+    scripts/bench                                   everything: more than an hour
     scripts/bench --only W1,W3 --peers headgate,floor,starlette --rounds 5 --seconds 10
+    scripts/bench --only W1 --peers headgate,starlette,ray-serve-throughput,ray-serve --seconds 2    some minutes
     scripts/bench --report bench/results/A.json bench/results/B.json
 
 Each round is stored when it is over, in bench/results, so that a run that is interrupted keeps what it has. Stored runs
@@ -49,7 +50,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="scripts/bench"
     )
-    parser.add_argument("--quick", action="store_true", help=f"{','.join(QUICK)} with a few peers, in two minutes")
+    parser.add_argument("--quick", action="store_true", help=f"{','.join(QUICK)} with a few peers, about two minutes")
     parser.add_argument("--only", type=names_of("workload", WORKLOADS), help="workloads, comma-separated")
     parser.add_argument("--peers", type=names_of("peer", PEERS), help=f"comma-separated: {','.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (3)")
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
     for workload in (WORKLOADS[each] for each in options.only):
         workload.measure(session)
         print(f"\n## {workload.id}: {workload.title}\n\n{report.section(measured, workload)}\n", flush=True)
-    print(f"## Targets\n\n{report.targets_table(measured, only_measured=True)}\n\n{report.peers_table(measured)}\n")
+    print(f"{report.peers_table(measured)}\n\n## Targets\n\n{report.targets_table(measured, only_measured=True)}\n")
     print(f"{time.monotonic() - began:.0f} s; stored in {path.relative_to(path.parent.parent.parent)}")
 
 
