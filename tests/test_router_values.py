@@ -332,3 +332,79 @@ async def test_an_answer_is_kept_when_its_replica_is_gone(rig: Rig) -> None:
     await settle()
     gc.collect()
     assert kept == [OTHER]
+
+
+# --- HTTP answers ---
+
+
+class Read(Asked):
+    """A caller that keeps its answer where it lies."""
+
+    value: Any = None
+    meta_len = 0
+
+    def on_reply(self, arg: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
+        self.value, self.meta_len = source[start:end], meta_len
+        self._end(("reply", arg))
+
+
+def page(segment: Segment, link: ReplicaEnd, slot: int, head: int = 0) -> None:
+    link.answer(framing.REPLY, slot, 200 | 2 << 16 | head << 32, segment.place, flags=SEGMENT)
+
+
+@routed
+async def test_an_http_answer_can_only_be_read_and_its_memory_is_opened_once(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    store = store_here()
+    endpoint = rig.publish({"b": [replica]})
+    opened = 0
+    for body in (BODY, OTHER, BODY[:70_000] * 9):
+        segment = store.write([b"a: b\r\n", body])
+        assert segment is not None
+        fd = segment.fd
+        if opened:
+            assert segment.inode == opened
+            segment.fd = 0  # not opened again: this would be something else
+        opened = segment.inode
+        replica.on_call = lambda link, slot, _, segment=segment: page(segment, link, slot, head=6)
+        caller = Read(b"x")
+        rig.router.submit(endpoint, caller)
+        assert await caller.result() == ("reply", 200 | 2 << 16)
+        segment.fd = fd
+        assert caller.value.readonly
+        assert (caller.meta_len, caller.value) == (6, b"a: b\r\n" + body)
+        await asyncio.sleep(0.05)
+        assert inodes(rig, TAKEN)
+        assert not inodes(rig, FREE)
+        caller.value = None
+        await until(lambda: inodes(rig, FREE))
+        rig.replicas[0].heard.clear()
+        segment.end()
+
+
+@routed
+async def test_memory_that_is_not_read_any_more_is_let_go(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    segment = again(store_here())
+    replica.on_call = lambda link, slot, _: page(segment, link, slot)
+    endpoint = rig.publish({"b": [replica]})
+    caller = Read(b"x")
+    rig.router.submit(endpoint, caller)
+    await caller.result()
+    caller.value = None
+    await asyncio.sleep(0.05)
+    link = rig.router.backends["b"].links["r1"]
+    assert segment.inode in link._readings._mapped
+    await asyncio.sleep(6.0)  # pings come once a second
+    assert not link._readings._mapped
+
+
+@routed
+async def test_an_answer_that_says_its_head_is_longer_than_all_of_it_ends_the_link(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    segment = again(store_here())
+    replica.on_call = lambda link, slot, _: page(segment, link, slot, head=len(OTHER) + 1)
+    endpoint = rig.publish({"b": [replica]})
+    caller = Read(b"x")
+    rig.router.submit(endpoint, caller)
+    assert type(await caller.result()).__name__ == "ReplicaDied"

@@ -26,16 +26,31 @@ def test_pieces_are_of_whole_mib_a_quarter_larger_at_most() -> None:
 
 
 def test_the_smallest_that_fits_is_taken_and_none_that_is_far_too_large() -> None:
-    spares = Spares(10_000, 5.0)
+    spares = Spares(10_000 * MIB, 5.0)
     for number, size in enumerate((100, 400, 200)):
-        assert spares.put(number, size, now=0.0) == []
-    assert spares.take(401) is None
-    assert spares.take(150) == 2
-    assert spares.take(400 // ROOMY) == 0
-    assert spares.take(400 // ROOMY) == 1
+        assert spares.put(number, size * MIB, now=0.0) == []
+    assert spares.take(400 * MIB + 1) is None
+    assert spares.take(150 * MIB) == 2
+    assert spares.take(400 * MIB // ROOMY) == 0
+    assert spares.take(400 * MIB // ROOMY) == 1
     assert not len(spares)
-    spares.put(3, 400, now=0.0)
-    assert spares.take(400 // ROOMY - 1) is None
+    spares.put(3, 400 * MIB, now=0.0)
+    assert spares.take(400 * MIB // ROOMY - 1) is None
+
+
+def test_a_piece_of_the_smallest_is_never_far_too_large() -> None:
+    spares = Spares(10 * MIB, 5.0)
+    spares.put(1, MIB, now=0.0)
+    assert spares.take(1) == 1
+
+
+def test_a_certain_piece_can_be_taken_once() -> None:
+    spares = Spares(10 * MIB, 5.0)
+    for number in range(3):
+        spares.put(number, MIB, now=float(number))
+    assert [spares.pick(1), spares.pick(1), spares.pick(7)] == [True, False, False]
+    assert spares.held == 2 * MIB
+    assert [spares.take(MIB), spares.take(MIB), spares.take(MIB)] == [2, 0, None]
 
 
 def test_of_the_same_size_the_one_used_last_is_taken() -> None:

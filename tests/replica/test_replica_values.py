@@ -10,6 +10,7 @@ from typing import Any
 import leftovers
 import needs
 from replica_rig import Rig, RouterEnd, served
+from starlette.responses import Response
 
 from headgate.core import framing
 from headgate.wire import payload
@@ -273,3 +274,71 @@ async def test_a_drained_replica_waits_until_its_answer_is_taken(rig: Rig) -> No
     router.flagged(TAKEN, 0, 0, place[1])
     await asyncio.sleep(0.1)
     assert rig.drained
+
+
+# --- HTTP answers ---
+
+
+def image(request: Any) -> Any:
+    return Response(b"x" * SIZE, 201, {"x-own": "y"})
+
+
+@served(image)
+async def test_a_large_http_answer_is_there_to_be_read_behind_its_header_lines(rig: Rig) -> None:
+    router = await rig.link(pid=HERE)
+    router.http(2)
+    await until_said(router, REPLY)
+    _, flags, slot, arg, _, body = next(each for each in router.got if each[0] == REPLY)
+    assert (flags, slot, arg & 0xFFFF) == (SEGMENT | framing.HEAD, 2, 201)
+    place, freed = place_of(body, 0), Freed()
+    content = bytes(borrow(HERE, place, freed.free))
+    assert content[: arg >> 32].endswith(b"x-own: y\r\n")
+    assert content[arg >> 32 :] == b"x" * SIZE
+    router.flagged(TAKEN, 0, 2, place[1])
+    await asyncio.sleep(0.1)
+    assert rig.worker.admission.held == 0
+    router.flagged(FREE, SEGMENT, 0, place[1])
+    await asyncio.sleep(30.0)
+    assert not is_held(place[1])
+
+
+@served(image)
+async def test_a_large_http_answer_that_the_proxy_cannot_open_goes_in_pieces(rig: Rig) -> None:
+    router = await rig.link(pid=HERE)
+    router.http(0)
+    await until_said(router, REPLY)
+    place = place_of(next(each for each in router.got if each[0] == REPLY)[5], 0)
+    router.got.clear()
+    router.flagged(TAKEN, MORE, 0, place[1])
+    await until_said(router, REPLY)
+    (reply,) = [each for each in router.got if each[0] == REPLY]
+    assert (reply[1], reply[3] & 0xFFFF) == (MORE | framing.HEAD, 201)
+    assert reply[4].endswith(b"x-own: y\r\n")
+    for _ in range(100):
+        router.frame(framing.CREDIT, 0, 65536)
+    assert (await router.end(0))[0] == framing.END
+    assert router.stream(0) == b"x" * SIZE
+
+
+@served(image, max_concurrent_queries=200)
+async def test_clients_that_do_not_read_have_so_much_lent_and_no_more(rig: Rig) -> None:
+    router = await rig.link(pid=HERE)
+    for slot in range(100):
+        router.http(slot)
+    for slot in range(100):
+        await until_answered(router, slot)
+    lent = [slot for flags, slot, _ in said(router, REPLY) if flags & SEGMENT]
+    assert lent == list(range(64))
+    for _, flags, slot, _, _, body in list(router.got):
+        if flags & SEGMENT:
+            router.flagged(TAKEN, 0, slot, place_of(body, 0)[1])
+    await asyncio.sleep(0.1)
+    assert rig.worker.admission.held == 36  # those that go in pieces, as their clients take them
+
+
+async def until_answered(router: RouterEnd, slot: int) -> None:
+    for _ in range(5000):
+        if any(each == slot for _, each, _ in said(router, REPLY)):
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError(f"no answer in slot {slot}")

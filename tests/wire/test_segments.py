@@ -13,9 +13,10 @@ from typing import Any
 import leftovers
 import pytest
 
+from headgate.core.lending import MOST_BYTES, SMALLEST_BYTES, lends_answer
 from headgate.errors import ProtocolError
 from headgate.wire import segments
-from headgate.wire.borrowed import NAME, PLACE, SMALLEST_BYTES, borrow, place_of
+from headgate.wire.borrowed import NAME, PLACE, Readings, borrow, place_of
 from headgate.wire.segments import IDLE_S, MOST_LENT, Lent, Segment, Store
 from headgate.wire.slots import make_memory
 
@@ -188,12 +189,105 @@ def test_a_place_that_cannot_be_breaks_the_protocol(body: bytes) -> None:
         place_of(body, 0)
 
 
+class Proxy(Reader):
+    """A receiver that reads again and again."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.readings = Readings()
+
+    def free(self, inode: int, spoiled: bool) -> None:
+        super().free(inode, spoiled)
+        self.readings.ended(inode, self.clock.now)
+
+    def read(self, segment: Segment) -> memoryview:
+        return self.readings.view(os.getpid(), place_of(segment.place, 0), self.free)
+
+
+def test_what_is_only_read_is_mapped_once_and_shows_what_was_written_since(store: Store, clock: Clock) -> None:
+    segment, proxy = written(store, A), Proxy(clock)
+    view = proxy.read(segment)
+    assert view == A
+    assert view.readonly
+    part = view[5:9]
+    del view
+    assert not proxy.freed
+    del part
+    assert proxy.freed == [(segment.inode, False)]
+    segment.end()
+    again = written(store, B[:1_000_000])
+    assert again is segment
+    fd, segment.fd = segment.fd, -1
+    place = PLACE.pack(0, segment.inode, segment.size)  # where there is none: it is not opened again
+    assert proxy.readings.view(os.getpid(), place_of(place, 0), proxy.free) == B[:1_000_000]
+    segment.fd = fd
+
+
+def test_what_does_not_come_again_is_let_go(store: Store, clock: Clock) -> None:
+    segment, proxy = written(store, A), Proxy(clock)
+    proxy.read(segment)
+    place = place_of(PLACE.pack(0, segment.inode, segment.size), 0)
+    clock.now = 2.9
+    proxy.readings.sweep(clock.now)
+    proxy.readings.view(os.getpid(), place, proxy.free)
+    clock.now = 6.0
+    proxy.readings.sweep(clock.now)
+    with pytest.raises(FileNotFoundError):
+        proxy.readings.view(os.getpid(), place, proxy.free)
+
+
+def test_a_view_outlives_the_segment_its_sender_and_what_was_mapped(store: Store, clock: Clock) -> None:
+    segment, proxy = written(store, A), Proxy(clock)
+    view = proxy.read(segment)
+    segment.close()
+    del proxy
+    gc.collect()
+    assert view == A
+
+
+def test_a_value_that_is_larger_than_its_segment_is_not_read_though_it_was_before(store: Store, clock: Clock) -> None:
+    segment, proxy = written(store, A), Proxy(clock)
+    proxy.read(segment)
+    place = place_of(PLACE.pack(segment.fd, segment.inode, segment.capacity + 1), 0)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            proxy.readings.view(os.getpid(), place, proxy.free)
+
+
 # --- writing ---
 
 
 def test_a_small_value_needs_no_segment(store: Store) -> None:
     assert store.write([b"x" * (SMALLEST_BYTES - 1)]) is None
     assert store.write([b"x" * (SMALLEST_BYTES - 1), b"y"]) is not None
+
+
+def test_an_answer_needs_one_much_sooner_but_only_so_much_is_lent_at_a_time(clock: Clock) -> None:
+    answers = Store(clock.later, lambda: clock.now, lends_answer)
+    small = written(answers, b"x" * 100_000)
+    large = written(answers, bytes(MOST_BYTES - 200_000))
+    assert answers.write([b"x" * 100_001]) is None
+    last = answers.write([b"x" * 100_000])
+    assert last is not None
+    reader = Reader()
+    value, _ = reader.read(large), large.lend()
+    large.end()  # it is read still
+    assert answers.write([b"x" * 100_000]) is None
+    large.give_back()
+    del value
+    assert answers.write([b"x" * 100_000]) is not None
+    for segment in (small, last):
+        segment.end()
+    answers.close()
+
+
+def test_a_small_answer_takes_the_memory_of_one_before(clock: Clock) -> None:
+    answers = Store(clock.later, lambda: clock.now, lends_answer)
+    first = written(answers, bytes(1 << 20))
+    first.end()
+    assert written(answers, b"x" * 65536) is first
+    answers.close()
 
 
 def test_a_value_of_many_parts_is_whole_and_in_order_also_in_memory_that_was_used(store: Store) -> None:

@@ -9,10 +9,10 @@ No memory and no clock here: a piece is its number and its size. Who holds it is
 
 from __future__ import annotations
 
-#: A piece may be so much larger than what is put into it; the rest of it would lie idle.
+#: A piece may be so much larger than what is put into it, unless it is of the smallest; the rest of it would lie idle.
 ROOMY = 4
 #: So many pieces are kept at most: each is a file descriptor.
-MOST = 16
+MOST = 64
 _STEP = 1 << 20
 
 
@@ -51,12 +51,20 @@ class Spares:
 
     def take(self, size: int) -> int | None:
         """The smallest piece that fits `size` bytes and is not far too large, the one used last; or None."""
-        fits = [(have, -since, number) for number, (have, since) in self._kept.items() if size <= have <= ROOMY * size]
+        most = max(ROOMY * size, _STEP)
+        fits = [(have, -since, number) for number, (have, since) in self._kept.items() if size <= have <= most]
         if not fits:
             return None
         number = min(fits)[2]
         self._drop(number)
         return number
+
+    def pick(self, number: int) -> bool:
+        """Take this very piece; False if it is not kept."""
+        is_kept = number in self._kept
+        if is_kept:
+            self._drop(number)
+        return is_kept
 
     def put(self, number: int, size: int, now: float) -> list[int]:
         """Keep a piece; those to be given back instead, the oldest first."""

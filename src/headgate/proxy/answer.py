@@ -27,7 +27,7 @@ from headgate.core.replies import (
 )
 from headgate.errors import ConfigError, HeadgateError
 from headgate.proxy import admin
-from headgate.wire.link import WINDOW_BYTES
+from headgate.wire.link import PIECE_BYTES, WINDOW_BYTES
 from headgate.wire.replica_link import Caller
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ _GRANT_BYTES = WINDOW_BYTES // 4
 _JOIN_BYTES = 32 * 1024
 _MOST_STARTS = 1024
 _EMPTY_LINE = b"\r\n\r\n"
+NOTHING = memoryview(b"")
 
 
 class Starts(dict[tuple[int, int], bytes]):
@@ -73,7 +74,7 @@ class Answering(Caller):
 
     __slots__ = (
         *_OF_CALLERS,
-        "_chunked", "_left", "_owed", "closed", "http10", "last", "lingers", "method", "paused", "request_id",
+        "_chunked", "_left", "_lent", "_owed", "closed", "http10", "last", "lingers", "method", "paused", "request_id",
         "server", "started", "transport",
     )  # fmt: skip
 
@@ -96,6 +97,7 @@ class Answering(Caller):
         self._chunked = False
         self._left = -1  # bytes that are missing; -1: nobody knows
         self._owed = 0  # bytes that were taken and not yet granted again
+        self._lent = NOTHING  # in the replica's memory, yet to be written
 
     def answered(self) -> None:
         """The answer is complete: on to the next request."""
@@ -120,7 +122,11 @@ class Answering(Caller):
         if flags or arg & 0xFFFF != 200 or self.method == "HEAD" or size > _JOIN_BYTES or self.last or self.http10:
             at = start + meta_len
             block = bytes(source[start:at]) if flags & framing.HEAD else None
-            self.whole(arg & 0xFFFF, arg >> 16, block, memoryview(source)[at:end])
+            body = memoryview(source)[at:end]
+            if flags & framing.SEGMENT and self.server.scheme == "https":
+                self._piecemeal(arg & 0xFFFF, block or _content_type(arg >> 16), body)
+            else:
+                self.whole(arg & 0xFFFF, arg >> 16, block, body)
             return
         if not self.closed:
             starts = self.server.starts
@@ -264,6 +270,21 @@ class Answering(Caller):
             self.transport.write(LAST_CHUNK)
         self.answered()
 
+    def _piecemeal(self, status: int, block: bytes, body: memoryview) -> None:
+        """Answer with a body in the replica's memory, no faster than the client takes it: TLS makes a copy."""
+        if self.start(status, block, len(body)):
+            self._lent = body
+            self._feed()
+
+    def _feed(self) -> None:
+        """Go on with an answer in the replica's memory."""
+        while self._lent and not self.paused and not self.closed:
+            piece, self._lent = self._lent[:PIECE_BYTES], self._lent[PIECE_BYTES:]
+            self.part(piece)
+        if not self._lent:
+            self._lent = NOTHING
+            self.finish()
+
     def _grant_owed(self) -> None:
         owed, self._owed = self._owed, 0
         self.allow(owed)
@@ -277,6 +298,8 @@ class Answering(Caller):
         self.paused = False
         if self.started and self._owed:
             self._grant_owed()
+        if self._lent and not self.closed:
+            self._feed()
 
 
 def _content_type(kind: int) -> bytes:

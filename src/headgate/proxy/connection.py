@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from headgate.core import http11
 from headgate.core.http11 import BODY, IDLE, RUNNING, Reject
 from headgate.proxy import admin
+from headgate.proxy.answer import NOTHING
 from headgate.proxy.dispatch import meta_tail
 from headgate.proxy.intake import Intake
 
@@ -60,7 +61,9 @@ class Connection(Intake, asyncio.BufferedProtocol):
             self.refuse(Reject(503, f"{limit} connections are open already (max_connections)"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        buffer = self.server.view if self._filling is None else self._filling
+        buffer = self._filling
+        if buffer is None:  # of a large body little is to come with its head: what does is copied to its place
+            buffer = self.server.view if self.state == BODY else self.server.head_view
         # A connection is paused only after it has read: with no room left none may read much.
         return buffer[:_LITTLE_BYTES] if self.server.budget.full else buffer
 
@@ -101,6 +104,7 @@ class Connection(Intake, asyncio.BufferedProtocol):
         self.started = self.answering = self.ran_twice = self._untidy = False
         self.tries = self.flags = 0
         self._special = self.exchange = self._incoming = self._filling = None
+        self._lent = NOTHING
         self.server.budget.release(self)
         if self.upload is not None:
             self.upload.end()

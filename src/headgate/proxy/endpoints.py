@@ -19,6 +19,7 @@ from headgate.core.http11 import Head
 from headgate.core.replies import CONTENT_TYPES, OWN_HEADERS
 from headgate.errors import HeadgateError
 from headgate.proxy import admin
+from headgate.wire.link import PIECE_BYTES
 from headgate.wire.replica_link import Caller
 
 if TYPE_CHECKING:
@@ -178,16 +179,20 @@ class Inner(Caller):
                 await send({"type": "http.response.start", "status": what[0], "headers": what[1]})
             else:
                 self.over = what[1]
-                await send({"type": "http.response.body", "body": what[0], "more_body": not what[1]})
+                part = bytes(what[0])
+                await send({"type": "http.response.body", "body": part, "more_body": not what[1]})
                 if not self.over:
-                    self.grant(len(what[0]))
+                    self.grant(len(part))
 
     # --- what the router calls ---
 
     def on_reply(self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
         body = start + meta_len
         self._begin(arg, flags, source, start, body, end - body)
-        self._push("part", bytes(source[body:end]), True)
+        for at in range(body, end - PIECE_BYTES, PIECE_BYTES):  # copied when it is sent
+            self._push("part", memoryview(source)[at : at + PIECE_BYTES], False)
+            body = at + PIECE_BYTES
+        self._push("part", memoryview(source)[body:end], True)
 
     def on_reply_start(
         self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("headgate.proxy")
 
 QUEUE_LIMIT = 1000  # requests that may wait per backend whose config does not say
+#: How much is received at once while no body is expected.
+_HEAD_BYTES = 64 * 1024
 #: How much of an answer the kernel keeps of what it has not sent; socket.TCP_NOTSENT_LOWAT is newer than Python 3.11.
 _UNSENT_BYTES = 256 * 1024
 _IPPROTO_TCP, _TCP_NOTSENT_LOWAT = 6, 25
@@ -88,6 +90,7 @@ class Server:
         self.budget = Budget(options.max_buffered_bytes)
         self.second_opinion = SecondOpinion()
         self.view = receive_buffer()
+        self.head_view = self.view[:_HEAD_BYTES]
         self.table = RouteTable(())
         self._routes: list[tuple[str, str, tuple[str, ...]]] = []
         self.targets: dict[str, Target] = {}

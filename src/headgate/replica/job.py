@@ -196,8 +196,11 @@ class Job:
         status, kind, block, body = reply
         arg = status | kind << 16
         if len(body) > framing.BIG:
-            flags = framing.HEAD if block else 0
-            return partial(BodyFlow, self.link.worker, self, flags, arg, block or b"", memoryview(body))
+            flags, block = framing.HEAD if block else 0, block or b""
+            segment = self.link.write_answer(block, body)
+            if segment is not None:
+                return partial(SegmentFlow, self.link.worker, self, segment, flags, arg, len(block))
+            return partial(BodyFlow, self.link.worker, self, flags, arg, block, memoryview(body))
         if block is None:
             return _pack(len(body), framing.REPLY, 0, 0, self.slot, arg) + body
         head = _pack(len(block) + len(body), framing.REPLY, framing.HEAD, len(block), self.slot, arg)
@@ -208,7 +211,7 @@ class Job:
         parts = payload.encode(result)
         segment = self.link.write_segment(parts)
         if segment is not None:
-            return partial(SegmentFlow, self.link.worker, self, segment)
+            return partial(SegmentFlow, self.link.worker, self, segment, framing.VALUE, 200, 0)
         body = b"".join(parts)
         if len(body) > framing.BIG:
             return partial(BodyFlow, self.link.worker, self, framing.VALUE, 200, b"", memoryview(body))

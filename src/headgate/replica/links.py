@@ -18,11 +18,12 @@ from mmap import mmap
 from typing import TYPE_CHECKING
 
 from headgate.core import framing
+from headgate.core.lending import SMALLEST_BYTES
 from headgate.errors import ProtocolError
 from headgate.replica.job import Job
 from headgate.replica.reservation import ReservedJob
 from headgate.replica.stream import SegmentFlow
-from headgate.wire.borrowed import SMALLEST_BYTES, place_of
+from headgate.wire.borrowed import place_of
 from headgate.wire.link import Frame, Source
 from headgate.wire.sharing import SharingLink
 
@@ -251,7 +252,7 @@ class CallerLink(SharingLink):
         if not self.closed:
             self.send(_pack(0, framing.FREE, 0, 0, 0, offset))
 
-    # --- large values of handles (segments.py) ---
+    # --- large values and answers (segments.py) ---
 
     def _map(self, job: Job) -> bool:
         """Map a request's body; False: it comes in pieces, since it cannot be mapped."""
@@ -265,8 +266,14 @@ class CallerLink(SharingLink):
             return False
         return True
 
+    def write_answer(self, block: bytes, body: Buffer) -> Segment | None:
+        """As `write_segment`, for an HTTP answer: its header lines, then its body."""
+        if not self.peer or not self.lent.may(time.monotonic()):
+            return None
+        return self.worker.answers.write((block, body) if block else (body,))
+
     def write_segment(self, parts: Sequence[Buffer]) -> Segment | None:
-        """An answer for the router to be read where it lies; None: send it in frames. On any thread."""
+        """A value for the router to be read where it lies; None: send it in frames. On any thread."""
         if not self.peer or sum(map(len, parts)) < SMALLEST_BYTES or not self.lent.may(time.monotonic()):
             return None
         return self.worker.segments.write(parts)

@@ -103,19 +103,23 @@ class BodyFlow(Flow):
 
 
 class SegmentFlow(Flow):
-    """A value that the router reads where it lies; it says when it has it, or that it cannot."""
+    """An answer that the router reads where it lies; it says when it has it, or that it cannot.
 
-    def __init__(self, worker: Worker, job: Job, segment: Segment) -> None:
+    block_len   the segment begins with so many bytes of header lines
+    """
+
+    def __init__(self, worker: Worker, job: Job, segment: Segment, flags: int, arg: int, block_len: int) -> None:
         super().__init__(worker, job)
         self.segment = segment
+        self._flags, self._arg, self._block_len = flags, arg, block_len
         if job.cancelled or job.link.closed:  # before this flow was made
             segment.end()
             self.end()
             return
         job.link.lent.add(segment)
         place = segment.place
-        flags = framing.SEGMENT | framing.VALUE
-        job.link.send(_pack(len(place), framing.REPLY, flags, 0, job.slot, 200) + place)
+        head = _pack(len(place), framing.REPLY, flags | framing.SEGMENT, 0, job.slot, arg | block_len << 32)
+        job.link.send(head + place)
 
     def taken(self) -> None:
         """The router has the value."""
@@ -124,9 +128,9 @@ class SegmentFlow(Flow):
 
     def refused(self) -> None:
         """The router waits for pieces."""
-        body = self.segment.view()
+        view, at = self.segment.view(), self._block_len
         self.segment.end()
-        BodyFlow(self.worker, self.job, framing.VALUE, 200, b"", body)
+        BodyFlow(self.worker, self.job, self._flags, self._arg, view[:at].tobytes(), view[at:])
 
     def cancel(self) -> None:
         """The router takes what was sent for the end of a request that it has given up."""

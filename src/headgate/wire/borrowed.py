@@ -19,10 +19,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from headgate.core import lending
+from headgate.core.spares import Spares
 from headgate.errors import ProtocolError
 
-#: A value that is smaller goes through the socket.
-SMALLEST_BYTES = 512 * 1024
+#: What a process keeps mapped of a peer's segments that it only reads, and for how long.
+KEPT_BYTES = 64 << 20
+IDLE_S = 3.0
 #: Of every segment, as /proc shows it.
 NAME = "headgate-segment"
 #: descriptor, inode, size
@@ -47,8 +50,9 @@ def place_of(source: Any, start: int) -> Place:
         fd, inode, size = PLACE.unpack_from(source, start)
     except struct.error as error:
         raise ProtocolError(f"a segment's place is cut short: {error}") from None
-    if not SMALLEST_BYTES <= size <= sys.maxsize:
-        raise ProtocolError(f"a segment of {size} bytes; smaller ones than {SMALLEST_BYTES} travel in frames")
+    if not lending.SMALLEST_ANSWER_BYTES <= size <= sys.maxsize:
+        least = lending.SMALLEST_ANSWER_BYTES
+        raise ProtocolError(f"a segment of {size} bytes; smaller ones than {least} travel in frames")
     return fd, inode, size
 
 
@@ -60,6 +64,59 @@ def borrow(pid: int, place: Place, free: Callable[[int, bool], None]) -> memoryv
 
     Raises OSError if it cannot be opened or mapped here; then `free` is not called.
     """
+    _, inode, size = place
+    opened = _open(pid, place)
+    try:
+        mapped = map_memory(opened, size, mmap.MAP_PRIVATE)
+    finally:
+        os.close(opened)
+    method = weakref.WeakMethod(free)
+    weakref.finalize(mapped, _freed, method, inode, _forks, os.getpid()).atexit = False
+    return memoryview(mapped)[:size]
+
+
+class Readings:
+    """Segments of one peer that are read only, each mapped once for as long as it comes again (core/spares.py)."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[int, mmap.mmap] = {}  # by inode, which is nobody else's while it is mapped
+        self._unread = Spares(KEPT_BYTES, IDLE_S)
+
+    def view(self, pid: int, place: Place, free: Callable[[int, bool], None]) -> memoryview:
+        """As `borrow`, but read-only. `ended` is to be called before the segment may come again."""
+        _, inode, size = place
+        mapped = self._mapped.pop(inode, None) if self._unread.pick(inode) else None
+        if mapped is None or len(mapped) < size:
+            mapped = self._map(pid, place)
+        self._mapped[inode] = mapped
+        view = (ctypes.c_char * size).from_buffer(mapped)
+        method = weakref.WeakMethod(free)
+        weakref.finalize(view, _freed, method, inode, _forks, os.getpid()).atexit = False
+        return memoryview(view).cast("B").toreadonly()
+
+    def ended(self, inode: int, now: float) -> None:
+        """Nothing refers to the view of that segment any more."""
+        if inode in self._mapped:
+            self._forget(self._unread.put(inode, len(self._mapped[inode]), now))
+
+    def sweep(self, now: float) -> None:
+        """Let go of what did not come again; to be called about once a second."""
+        self._forget(self._unread.late(now))
+
+    def _map(self, pid: int, place: Place) -> mmap.mmap:
+        opened = _open(pid, place)
+        try:
+            return map_memory(opened, os.fstat(opened).st_size, mmap.MAP_SHARED, mmap.PROT_READ)
+        finally:
+            os.close(opened)
+
+    def _forget(self, inodes: list[int]) -> None:
+        for inode in inodes:
+            del self._mapped[inode]
+
+
+def _open(pid: int, place: Place) -> int:
+    """A descriptor of the segment at `place`. Raises OSError if it cannot be opened, or is none."""
     fd, inode, size = place
     path = f"/proc/{pid}/fd/{fd}"
     if not os.readlink(path).startswith(_LINK):  # looked at before it is opened: it might be a device
@@ -67,12 +124,10 @@ def borrow(pid: int, place: Place, free: Callable[[int, bool], None]) -> memoryv
     opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         check(opened, inode, size)
-        mapped = map_memory(opened, size, mmap.MAP_PRIVATE)
-    finally:
+    except BaseException:
         os.close(opened)
-    method = weakref.WeakMethod(free)
-    weakref.finalize(mapped, _freed, method, inode, _forks, os.getpid()).atexit = False
-    return memoryview(mapped)[:size]
+        raise
+    return opened
 
 
 def check(fd: int, inode: int, size: int) -> None:
@@ -103,12 +158,12 @@ os.register_at_fork(before=_count_fork, after_in_parent=_count_fork)  # twice: o
 # --- memory ---
 
 
-def map_memory(fd: int, size: int, flags: int) -> mmap.mmap:
+def map_memory(fd: int, size: int, flags: int, access: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
     """Map a memory; it keeps no descriptor, as mmap.mmap would. Raises OSError."""
     mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
     flags |= _MAP_FIXED | _MAP_NORESERVE
-    if _libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
+    if _libc.mmap(address, size, access, flags, fd, 0) != address:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return mapped

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Frame = framing.Frame
-Source = bytes | bytearray
+Source = bytes | bytearray | memoryview
 
 #: Bytes waiting in the transport beyond which streams pause.
 HIGH_WATER_BYTES = 1 << 20

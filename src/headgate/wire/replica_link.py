@@ -152,6 +152,7 @@ class ReplicaLink(SharingLink):
 
     def ping(self, now: float, silent_s: float) -> None:
         """Ask for a sign of life; one that gave none for `silent_s` gets no new requests."""
+        self.sweep_readings(now)
         if self.closed:
             return
         if now - self._pong_at > silent_s and not self._silent:
@@ -231,17 +232,20 @@ class ReplicaLink(SharingLink):
     def _on_segment(self, arg: int, flags: int, slot: int, source: Source, start: int) -> None:
         """An answer is there to be read: it is complete once it is mapped here."""
         place = place_of(source, start)
+        head, arg = arg >> 32, arg & 0xFFFFFFFF
         value = memoryview(b"")
         if self._pending[slot].gone:
             self.say_free(place[1])
         else:
             try:
-                value = self.borrow(place)
+                value = self.borrow(place) if flags & framing.VALUE else self.read(place)
             except OSError:
                 self.ask_for_pieces(slot, place)
                 return
+            if head > len(value):
+                raise ProtocolError(f"a head of {head} bytes in an answer of {len(value)}")
         self.say_taken(slot, place)
-        self._finish(slot).on_reply(arg, flags, 0, value, 0, len(value))  # type: ignore[arg-type]
+        self._finish(slot).on_reply(arg, flags, head, value, 0, len(value))
         self._backend.answered(1)
 
     def _room(self, count: int) -> None:

@@ -1,8 +1,9 @@
-"""Large values between processes of one machine: written once, read where they lie.
+"""Large values and answers between processes of one machine: written once, read where they lie.
 
 The sender writes a value into a memory of its own, a segment, and tells the receiver where that is.
 The receiver maps it privately: what it changes is its own copy, page by page, so that a value may be
-given to several receivers, or to another one after the first has died.
+given to several receivers, or to another one after the first has died. A proxy changes nothing, and keeps
+what it has mapped for the next answers.
 
     sender    CALL or REPLY with SEGMENT   its body is `place`: descriptor, inode, size
     receiver  TAKEN                        it has mapped it; with MORE: it cannot, send it in pieces
@@ -29,8 +30,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from headgate.core import spares
-from headgate.wire.borrowed import NAME, PLACE, SMALLEST_BYTES, copy, map_memory, write
+from headgate.core import lending, spares
+from headgate.wire.borrowed import NAME, PLACE, copy, map_memory, write
 from headgate.wire.slots import make_memory
 
 #: What a process keeps for its next values, and for how long.
@@ -42,6 +43,7 @@ MOST_LENT = 32
 AGAIN_S = 10.0
 
 Later = Callable[[float, Callable[[], object]], object]
+Lends = Callable[[int, int, int], bool]
 
 
 class Segment:
@@ -52,6 +54,7 @@ class Segment:
         self.inode = os.fstat(fd).st_ino
         self.capacity = capacity
         self.size = 0
+        self.is_out = False  # counted by its store
         self.is_needed = False  # by the request that it belongs to, which may send it once more
         self.readers = 0
         self.is_spoiled = False  # somebody may read it for ever
@@ -120,36 +123,47 @@ class Store:
     later   calls a function on that loop after so many seconds, from any thread; RuntimeError if
             the loop has ended
     clock   the loop's
+    lends   whether something is to be lent, of core/lending.py
 
     Its methods may be called on any thread.
     """
 
-    def __init__(self, later: Later, clock: Callable[[], float]) -> None:
+    def __init__(self, later: Later, clock: Callable[[], float], lends: Lends = lending.lends_value) -> None:
         self._later = later
         self._clock = clock
+        self._lends = lends
         self._lock = threading.Lock()
         self._spares = spares.Spares(KEPT_BYTES, IDLE_S)
         self._free: dict[int, Segment] = {}  # inode -> one that nobody uses
         self._lent: set[Segment] = set()  # the request is over, a receiver still reads
+        self._out = self._out_bytes = 0  # segments whose request is not over, or that are read
         self._is_sweeping = False
         self._closed = False
         _stores.add(self)
 
     def write(self, parts: Sequence[Any]) -> Segment | None:
-        """A segment with these `parts`, one after the other; None: too little to pay, or no memory for it."""
+        """A segment with these `parts`, one after the other; None: it is not to be lent, or there is no memory."""
         size = sum(map(len, parts))
-        if size < SMALLEST_BYTES:
+        if not self._lends(size, self._out_bytes, self._out):  # of two threads at once both may be the last
             return None
+        with self._lock:
+            number = self._spares.take(size)
+            segment = None if number is None else self._free.pop(number)
+            self._out += 1
+            self._out_bytes += size
         try:
-            segment = self._take(size)
-        except OSError:  # no descriptor is left
-            return None
-        try:
+            if segment is None:
+                capacity = spares.capacity(size)
+                segment = Segment(self, make_memory(NAME, capacity), capacity)
             segment.fill(parts, size)
-        except OSError:  # no memory is left
-            segment.close()
+        except OSError:  # no descriptor or no memory is left
+            with self._lock:
+                self._out -= 1
+                self._out_bytes -= size
+            if segment is not None:
+                segment.close()
             return None
-        segment.is_needed = True
+        segment.is_out = segment.is_needed = True
         return segment
 
     def lend(self, segment: Segment) -> None:
@@ -188,24 +202,20 @@ class Store:
             self._lent.clear()
         self._close(closing)
 
-    def _take(self, size: int) -> Segment:
-        with self._lock:
-            number = self._spares.take(size)
-            if number is not None:
-                return self._free.pop(number)
-        capacity = spares.capacity(size)
-        return Segment(self, make_memory(NAME, capacity), capacity)
-
     def _settle(self, segment: Segment) -> list[Segment]:
         """With the lock: keep it for its readers or for the next value; those to be closed."""
         if segment.is_needed:
             return []
         self._lent.discard(segment)
-        if segment.is_spoiled or self._closed:
-            return [segment]
-        if segment.readers:
+        if segment.readers and not (segment.is_spoiled or self._closed):
             self._lent.add(segment)
             return []
+        if segment.is_out:
+            segment.is_out = False
+            self._out -= 1
+            self._out_bytes -= segment.size
+        if segment.is_spoiled or self._closed:
+            return [segment]
         self._free[segment.inode] = segment
         dropped = self._spares.put(segment.inode, segment.capacity, self._clock())
         return [self._free.pop(number) for number in dropped]

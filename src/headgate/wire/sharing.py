@@ -11,7 +11,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from headgate.core import framing
-from headgate.wire.borrowed import borrow
+from headgate.wire.borrowed import Readings, borrow
 from headgate.wire.link import Link
 from headgate.wire.segments import Lent
 
@@ -31,6 +31,7 @@ class SharingLink(Link):
         super().__init__()
         self.peer = 0
         self.lent = Lent()
+        self._readings = Readings()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -40,6 +41,14 @@ class SharingLink(Link):
     def borrow(self, place: Place) -> memoryview:
         """The peer's value at `place`, to be read here; the peer is told when nothing refers to it. Raises OSError."""
         return borrow(self.peer, place, self._on_freed)
+
+    def read(self, place: Place) -> memoryview:
+        """As `borrow`, but read-only, and quicker for a segment that was read before."""
+        return self._readings.view(self.peer, place, self._on_read)
+
+    def sweep_readings(self, now: float) -> None:
+        """Let go of what is not read any more; to be called about once a second, with the loop's time."""
+        self._readings.sweep(now)
 
     def say_taken(self, slot: int, place: Place) -> None:
         """The value of this request was mapped, or need not be."""
@@ -60,3 +69,17 @@ class SharingLink(Link):
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the link has ended
                 self._loop.call_soon_threadsafe(self.say_free, inode, spoiled)
+
+    def _on_read(self, inode: int, spoiled: bool) -> None:
+        loop = self._loop
+        if loop is not None:
+            if asyncio._get_running_loop() is loop:  # where a proxy's transport has sent the last of it
+                self._say_read(inode, spoiled)
+                return
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._say_read, inode, spoiled)
+
+    def _say_read(self, inode: int, spoiled: bool) -> None:
+        assert self._loop is not None
+        self._readings.ended(inode, self._loop.time())  # first: the peer may use it again as soon as it hears
+        self.say_free(inode, spoiled)
