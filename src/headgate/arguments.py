@@ -18,6 +18,9 @@ from headgate.calls import Call
 from headgate.errors import HeadgateError, InstanceError, RequestTimeout
 from headgate.refs import ObjectRef, get
 
+#: Types of data that are neither refs nor requests.
+PLAIN = frozenset((type(None), bool, int, float, str, bytes, bytearray, list, tuple, dict))
+
 _LATE = "the request passed its deadline while it waited for its arguments"
 
 

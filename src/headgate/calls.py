@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import msgspec
 
 from headgate.core import framing
+from headgate.core.lending import SMALLEST_BYTES
 from headgate.errors import (
     BackendOverloaded,
     EndpointNotFound,
@@ -154,6 +155,9 @@ class Call(Caller):
         self.meta = self.target.meta(False)
 
     def _carry(self, parts: Sequence[payload.Buffer]) -> None:
+        if len(parts) == 1 and len(parts[0]) < SMALLEST_BYTES:  # most
+            self.body = parts[0]
+            return
         self.segment = segment = self.lane.segments.write(parts)
         if segment is None:
             self.body = parts[0] if len(parts) == 1 else b"".join(parts)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from headgate.arguments import any_ref, has_refs, is_own, settle, settle_here, submit_with_refs
+from headgate.arguments import PLAIN, any_ref, has_refs, is_own, settle, settle_here, submit_with_refs
 from headgate.calls import Call, Options, Target
 from headgate.errors import ArgumentError, ConfigError
 from headgate.lanes import Lane, no_endpoint
@@ -142,6 +142,9 @@ class ServeHandle(_Handle):
     def _start(self, lane: Lane, data: Any, kwargs: dict[str, Any]) -> tuple[Call, bool]:
         """A call to be submitted; True: it is on its way already, since it waits for refs."""
         call = Call(lane, self._target)
+        if not kwargs and type(data) in PLAIN:
+            call.fill(data, kwargs)
+            return call, False
         if lane.actors is not None and any_ref(lane.actors.is_ref, data, kwargs):
             data, kwargs = settle(call, lane.actors.is_ref, data, kwargs)
         if has_refs(data, kwargs):
@@ -182,13 +185,13 @@ class AsyncServeHandle(_Handle):
 
     async def call(self, data: Any = None, /, **kwargs: Any) -> Any:
         """Send a request and return its answer; as ServeHandle.call. Cancelling it cancels the request."""
-        lane = await self._reach.lane_here()
-        if _is_request(data):
-            data = await _with_body(data)
-        call = Call(lane, self._target)
-        if lane.actors is not None and any_ref(lane.actors.is_ref, data, kwargs):
-            data, kwargs = await settle_here(call, lane.actors.is_ref, data, kwargs)
-        self._start(call, data, kwargs)
+        lane = self._reach.lane_at_hand() or await self._reach.lane_here()
+        if kwargs or type(data) not in PLAIN:
+            call = await self._send(lane, data, kwargs)
+        else:
+            call = Call(lane, self._target)
+            call.fill(data, kwargs)
+            lane.submit(call)
         if not call.done:
             call.future = future = call.lane.loop.create_future()
             try:
@@ -197,6 +200,16 @@ class AsyncServeHandle(_Handle):
                 call.lane.cancel(call)
                 raise
         return call.take()
+
+    async def _send(self, lane: Lane, data: Any, kwargs: dict[str, Any]) -> Call:
+        """A call with arguments that may have to be waited for, on its way."""
+        if _is_request(data):
+            data = await _with_body(data)
+        call = Call(lane, self._target)
+        if lane.actors is not None and any_ref(lane.actors.is_ref, data, kwargs):
+            data, kwargs = await settle_here(call, lane.actors.is_ref, data, kwargs)
+        self._start(call, data, kwargs)
+        return call
 
     def _start(self, call: Call, data: Any, kwargs: dict[str, Any]) -> None:
         if has_refs(data, kwargs):

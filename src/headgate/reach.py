@@ -38,11 +38,18 @@ class Reach:
             self._lane = lane = lane_of(instance, instance.thread.loop)
         return lane
 
+    def lane_at_hand(self) -> Lane | None:
+        """The lane of the running loop if it is the one used last, and still there."""
+        lane = self._lane
+        if lane is None or lane.loop is not asyncio.get_running_loop() or lane.closed or not lane.instance.usable:
+            return None
+        return lane
+
     async def lane_here(self) -> Lane:
         """The lane of the running loop, for an async handle. InstanceError as `instance`, without blocking the loop."""
-        loop = asyncio.get_running_loop()
-        lane = self._lane
-        if lane is None or lane.loop is not loop or lane.closed or not lane.instance.usable:
+        lane = self.lane_at_hand()
+        if lane is None:
+            loop = asyncio.get_running_loop()
             instance = self.instance() if self._is_joined else await asyncio.wrap_future(self._join_aside())
             self._lane = lane = lane_of(instance, loop)
         return lane

@@ -27,7 +27,9 @@ import msgspec
 
 from headgate.errors import BackendError, HeadgateError, ProtocolError, SerializationError
 
-NONE, BYTES, TEXT, PICKLE, PICKLE_WITH_BUFFERS, CLOUDPICKLE = range(6)
+NONE, BYTES, TEXT, _, PICKLE_WITH_BUFFERS, CLOUDPICKLE = range(6)
+#: A pickle's own first byte: it goes as it is.
+PICKLE = pickle.PROTO[0]
 
 _ERROR = msgspec.msgpack.Decoder(tuple[str, str, bytes | None])  # text, traceback, payload
 
@@ -38,7 +40,10 @@ LARGE_BYTES = 64 * 1024
 ALIGNMENT = 64
 
 _COUNT = struct.Struct("<BI")  # kind, number of lengths that follow: the pickle's, then each buffer's
-_NONE, _BYTES, _TEXT, _PICKLE, _, _CLOUDPICKLE = (bytes((kind,)) for kind in range(6))
+_NONE, _BYTES, _TEXT, _CLOUDPICKLE = (bytes((kind,)) for kind in (NONE, BYTES, TEXT, CLOUDPICKLE))
+#: What needs no second look once it is pickled: it has neither buffers nor names.
+_NUMBERS = frozenset((int, float, bool))
+_dumps, _loads = pickle.dumps, pickle.loads
 
 
 def encode(value: object) -> list[Buffer]:
@@ -48,6 +53,8 @@ def encode(value: object) -> list[Buffer]:
     raises because it is not meant to travel (a Client, for one).
     """
     kind = type(value)
+    if kind in _NUMBERS:
+        return [_dumps(value, 5)]
     if value is None:
         return [_NONE]
     if kind is bytes:
@@ -71,22 +78,24 @@ def decode(buffer: Buffer, own: bool = False) -> Any:
     Raises ProtocolError for bytes that `encode` did not make, SerializationError for a value that
     cannot be rebuilt here.
     """
+    kind = buffer[0] if len(buffer) else -1
+    if kind == PICKLE:
+        return _load(buffer, ())
     view = memoryview(buffer)
-    kind = view[0] if len(view) else -1
     if kind == BYTES:
         return bytes(view[1:])
     if kind == TEXT:
         return str(view[1:], "utf-8")
     if kind == NONE:
         return None
-    if kind in (PICKLE, CLOUDPICKLE):
+    if kind == CLOUDPICKLE:
         return _load(view[1:], ())
     if kind == PICKLE_WITH_BUFFERS:
         pickled, *buffers = _split(view)
         kept = [each if own and len(each) >= LARGE_BYTES else bytearray(each) for each in buffers]
         value = _load(pickled, kept)  # whose buffers are writable, aligned, and its own
         return bytearray(value) if any(value is each for each in kept) and type(value) is memoryview else value
-    raise ProtocolError(f"a payload begins with {kind}; this version knows {NONE} to {CLOUDPICKLE}")
+    raise ProtocolError(f"a payload begins with {kind}; this version knows {NONE} to {CLOUDPICKLE}, and {PICKLE}")
 
 
 def encode_error(error: BaseException, traceback_text: str) -> bytes:
@@ -147,18 +156,16 @@ def _may_be_raised_elsewhere(error: BaseException) -> bool:
 
 def _encode_pickle(value: object) -> list[Buffer]:
     buffers: list[pickle.PickleBuffer] = []
-    first = _PICKLE
     try:
-        pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
+        pickled = _dumps(value, 5, buffer_callback=buffers.append)
         by_name = b"__main__" not in pickled
     except Exception:  # noqa: BLE001 - user classes raise anything here; cloudpickle is tried next
         by_name = False
     if not by_name:
-        first = _CLOUDPICKLE
         buffers.clear()
         pickled = _cloudpickle(value, buffers.append)
     if not buffers:
-        return [first, pickled]
+        return [pickled] if by_name else [_CLOUDPICKLE, pickled]
     contents: list[Buffer] = [pickled, *(each.raw() for each in buffers)]
     lengths = [len(content) for content in contents]
     parts: list[Buffer] = [_COUNT.pack(PICKLE_WITH_BUFFERS, len(lengths)) + struct.pack(f"<{len(lengths)}Q", *lengths)]
@@ -233,9 +240,9 @@ def _split(view: memoryview) -> list[memoryview]:
     return [view[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
-def _load(pickled: memoryview, buffers: Any) -> Any:
+def _load(pickled: Buffer, buffers: Any) -> Any:
     try:
-        return pickle.loads(pickled, buffers=buffers)
+        return _loads(pickled, buffers=buffers)
     except Exception as error:  # the classes named in it run their own code
         raise SerializationError(
             f"a value from another process cannot be rebuilt here ({error_text(error)}); "
