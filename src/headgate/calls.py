@@ -34,6 +34,7 @@ from headgate.errors import (
 )
 from headgate.router import Caller
 from headgate.wire import payload
+from headgate.wire.caller import NEVER
 from headgate.wire.segments import Store
 
 _TOTAL = struct.Struct("<Q")
@@ -117,25 +118,36 @@ class Call(Caller):
 
     assigned   a replica was chosen, or need not be waited for
     done       `take` gives the value or raises the error
+
+    It has slots for what is set or asked in each call, also of a Caller: a dict for each took half a microsecond.
     """
 
-    assigned = False
-    done = False
-    raw: Any = None  # the encoded value or error
-    raised = False  # `raw` is an error
-    error: HeadgateError | None = None  # one that came without bytes
-    expires: float | None = None  # on time.monotonic
-    on_assignment: Callable[[], object] | None = None
-    future: asyncio.Future[None] | None = None  # of the lane's loop, for one that awaits `done` there
-    _buffer: bytearray | None = None
-    _filled = 0
-    _is_taken = False  # `raw` belongs to the value
-    _is_passed_on = False  # `raw` is, or becomes, another call's body
+    __slots__ = (
+        "_buffer", "_filled", "_is_passed_on", "_is_taken", "_waiters", "answering", "assigned", "backend", "body",
+        "deadline", "done", "endpoint", "error", "expires", "flags", "future", "gone", "head", "lane", "link", "meta",
+        "on_assignment", "order", "raised", "ran_twice", "raw", "segment", "shard_key", "slot", "target", "tries",
+    )  # fmt: skip
 
     def __init__(self, lane: Way, target: Target) -> None:
         self.lane = lane
         self.target = target
         self.flags = target.flags
+        self.meta = self.head = self.body = b""
+        self.deadline = NEVER
+        self.endpoint = self.shard_key = self.backend = self.link = self.segment = None
+        self.order = self.slot = self.tries = 0
+        self.ran_twice = self.answering = self.gone = False
+        self.assigned = self.done = False
+        self.raw: Any = None  # the encoded value or error
+        self.raised = False  # `raw` is an error
+        self.error: HeadgateError | None = None  # one that came without bytes
+        self.expires: float | None = None  # on time.monotonic
+        self.on_assignment: Callable[[], object] | None = None
+        self.future: asyncio.Future[None] | None = None  # of the lane's loop, for one that awaits `done` there
+        self._buffer: bytearray | None = None
+        self._filled = 0
+        self._is_taken = False  # `raw` belongs to the value
+        self._is_passed_on = False  # `raw` is, or becomes, another call's body
         self._waiters: list[Callable[[], object]] = []
         if target.options.timeout_s is not None:
             self.expires = monotonic() + target.options.timeout_s

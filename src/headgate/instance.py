@@ -36,8 +36,18 @@ if TYPE_CHECKING:
 
 _FIRST_SNAPSHOT_S = 10.0
 
+#: Of this process; asked in each call, which a system call would make longer.
+_pid = os.getpid()
 _joined: WeakValueDictionary[str, Instance] = WeakValueDictionary()
 _join_lock = threading.Lock()
+
+
+def _note_pid() -> None:
+    global _pid
+    _pid = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_pid)
 
 
 class Instance:
@@ -131,7 +141,7 @@ class Instance:
     @property
     def usable(self) -> bool:
         """False once it was left, is over, or belongs to the process that this one was forked from."""
-        return not self.closed and not self.control.gone and self.pid == os.getpid()
+        return not self.closed and not self.control.gone and self.pid == _pid
 
     def when_gone(self, function: Callable[[], object]) -> None:
         """Call `function` once the instance is over or was left, on any thread, perhaps more than once."""
