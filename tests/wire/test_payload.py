@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -75,6 +76,18 @@ def test_what_msgpack_could_not_carry_comes_back(value):
 def test_bytes_text_and_none_are_not_pickled(value):
     assert payload.encode(value)[0][0] in (payload.NONE, payload.BYTES, payload.TEXT)
     assert there_and_back(value) == value
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 2**70, int.from_bytes(b"__main__"), 1.5, True, [1, "a"], ("a", None)], ids=str
+)
+def test_what_needs_no_buffers_is_its_pickle(value):
+    assert payload.encode(value) == [pickle.dumps(value, 5)]
+    assert there_and_back(value) == value
+
+
+def test_a_subclass_of_a_number_is_one_where_it_arrives():
+    assert type(there_and_back(Color.RED)) is Color
 
 
 def test_bytes_are_not_copied():

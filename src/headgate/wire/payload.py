@@ -1,7 +1,7 @@
 """Python values as bytes between headgate's own processes.
 
-The first byte says how the rest is to be read: nothing, bytes, text, a pickle, a pickle whose
-large buffers follow it, a cloudpickle. None, bytes and str skip pickle altogether. What the
+The first byte says how the rest is to be read: nothing, bytes, text, a pickle whose large buffers
+follow it, a cloudpickle; or it is that of a pickle. None, bytes and str skip pickle altogether. What the
 receiver could not find by name (anything of `__main__`, a local class) travels by value, with
 cloudpickle.
 
