@@ -72,12 +72,10 @@ class SharingLink(Link):
 
     def _on_read(self, inode: int, spoiled: bool) -> None:
         loop = self._loop
-        if loop is not None:
-            if asyncio._get_running_loop() is loop:  # where a proxy's transport has sent the last of it
-                self._say_read(inode, spoiled)
-                return
+        if loop is not None:  # on the loop's own thread too it may be in the middle of a write, as any finalizer
+            is_here = asyncio._get_running_loop() is loop
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._say_read, inode, spoiled)
+                (loop.call_soon if is_here else loop.call_soon_threadsafe)(self._say_read, inode, spoiled)
 
     def _say_read(self, inode: int, spoiled: bool) -> None:
         assert self._loop is not None
