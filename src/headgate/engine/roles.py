@@ -21,15 +21,12 @@ class Role(NamedTuple):
     title     the process's name in ps
     preload   modules that the supervisor imports before the first fork of this kind; in steps of a
               few milliseconds, because between two of them it answers what it is asked
-    later     modules that the first one imports by itself, while the supervisor has other things to
-              do, and that it finds imported when it is forked again
     unasked   one is forked right after the first controller, which finds it there
     """
 
     target: str
     title: str
     preload: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()
     unasked: bool = False
 
 
@@ -37,14 +34,17 @@ ROLES: Mapping[str, Role] = {
     "controller": Role(
         "headgate.processes:controller_main",
         "headgate-ctl",
-        # What all share. Its own modules the first controller imports while the replicas' are preloaded.
-        preload=("headgate.eventloop", "headgate.wire.control"),
-        later=("headgate.engine.local", "headgate.controller.serving"),
+        preload=(
+            "headgate.eventloop",
+            "headgate.wire.control",
+            "headgate.engine.local",
+            "headgate.controller.serving",
+        ),
     ),
     "proxy": Role(
         "headgate.processes:proxy_main",
         "headgate-proxy",
-        later=("httptools", "headgate.router", "headgate.proxy.server"),
+        # It imports its own modules, beside the supervisor, which is busy with the replicas'.
         unasked=True,  # it boots beside the controller: 40 ms earlier
     ),
     "replica": Role(
@@ -79,21 +79,19 @@ class Preloads:
 
     def __init__(self, roles: Mapping[str, Role], *, with_proxy: bool) -> None:
         wanted = [role for role in roles if with_proxy or role != "proxy"]
-        first = [(role, module) for role in wanted for module in roles[role].preload]
-        self._left = deque(first + [("", module) for role in wanted for module in roles[role].later])
+        self._left = deque((role, module) for role in wanted for module in roles[role].preload)
 
     def __bool__(self) -> bool:
         return bool(self._left)
 
     def do_one(self) -> None:
-        """Import the next module. What is imported stays: frozen in the end, a child's collections do not copy it."""
+        """Import the next module. What is imported stays: frozen in the end, a collection does not look at it."""
         _, module = self._left.popleft()
         try:
             importlib.import_module(module)
         except Exception:  # noqa: BLE001 - shown here; the child that needs it fails the same way
             sys.excepthook(*sys.exc_info())
         if not self._left:
-            gc.collect()
             gc.freeze()
             gc.enable()
 
