@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from headgate.wire.thread import take_signals
+from headgate.signals import take_signals
 
 log = logging.getLogger("headgate.handle")
 

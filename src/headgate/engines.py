@@ -83,7 +83,8 @@ def _join(launched: Launch, home: Home, detached: bool, held: Held) -> Client:
         import headgate.replica.callable  # noqa: F401
         from headgate.instance import Instance
 
-        instance = Instance(home, f"driver-{os.getpid()}-{os.urandom(4).hex()}")
+        name = f"driver-{os.getpid()}-{os.urandom(4).hex()}"
+        instance = Instance(home, name, by_line=getattr(home, "path", None))
         address = ending.join(instance, held)
     except BaseException as error:
         ending.now(force=True)

@@ -1,38 +1,34 @@
 """This process's membership in an instance: its headgate thread, its snapshot, its routers.
 
-A process joins an instance once, however many clients and handles it has. Routers are made when
-a handle is first used: one on the headgate thread for sync handles, one for each event loop of
-the user's that has an async handle. Each follows the newest snapshot; a router and its links end
-with their loop. A loop that was just closed says nothing: what it has left open is found when the
-next router is made, the next snapshot comes, or the membership ends.
+A process joins an instance once, however many clients and handles it has. One that started it makes calls only, as
+long as it has no handle: they go over a line (wire/line.py), and there is no event loop. The first handle brings one,
+on the headgate thread, with a connection of its own that follows the snapshots.
 
 Clients and handles hold the Instance, and nothing else does: when the last of them is collected,
-the membership ends. The headgate thread therefore refers to it weakly.
+the membership ends. Threads therefore refer to it weakly.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from headgate.core.state import Endpoint, Snapshot
 from headgate.errors import ControllerUnavailable, InstanceError
 from headgate.wire import messages
-from headgate.wire.control import OVER, ControlClient
+from headgate.wire.calling import OVER, SILENCE_S, SILENT
 from headgate.wire.home import Home
-from headgate.wire.pending import SILENCE_S, SILENT
-from headgate.wire.thread import HeadgateThread
+from headgate.wire.line import Line
 
 if TYPE_CHECKING:
     from headgate.router import Router
-    from headgate.wire.replica_link import ReplicaLink
+    from headgate.routers import Routers
+    from headgate.wire.control import ControlClient
+    from headgate.wire.thread import HeadgateThread
 
 _FIRST_SNAPSHOT_S = 10.0
 
@@ -53,26 +49,36 @@ os.register_at_fork(after_in_child=_note_pid)
 class Instance:
     """A running instance, as one process takes part in it.
 
-    home   the way to it
-    key    tells it from other instances
-    name   this process's id in the instance
-    node   of this process
+    home       the way to it
+    key        tells it from other instances
+    name       this process's id in the instance
+    node       of this process
+    by_line    the path of the socket where its controller listens: calls go over a line then, and the rest, which
+               needs an event loop, begins with `follow`
     """
 
-    def __init__(self, home: Home, name: str, role: str = "client") -> None:
+    thread: HeadgateThread  # these three once there is a loop
+    control: ControlClient
+    _routers: Routers
+
+    def __init__(self, home: Home, name: str, role: str = "client", *, by_line: str | None = None) -> None:
         self.home = home
         self.node = home.node
         self.name = name
         self.role = role
         self.pid = os.getpid()
-        self.thread = HeadgateThread()
-        self.control: ControlClient
         self.closed = False
+        self._is_over = False
+        self._is_begun = False
+        self._line: Line | None = None
         self._following = [role == "client"]  # shared with `hello`, which must not hold self
-        self._routers: _Routers = {}
-        self._leave: Callable[[], object] = self.thread.stop
+        self._beginning = threading.Lock()  # of the loop
+        self._ends: list[Callable[[], object]] = []
         self._when_gone: list[Callable[[], object]] = []
         self._watchers: set[Callable[[], object]] = set()
+        if by_line is not None:
+            hello = messages.Hello(role, name, self.pid, node=self.node)
+            self._line = Line(by_line, home.token, hello, _weakly(self._gone))
 
     @property
     def key(self) -> str:
@@ -81,6 +87,15 @@ class Instance:
 
     # --- joining ---
 
+    def begin(self) -> None:
+        """Start the thread that is to hold the connection; connecting it, which may be interrupted, is `join`'s."""
+        self._is_begun = True
+        if self._line is None:
+            self._start_thread()
+        else:
+            self._line.start()
+            self._ends.append(weakref.finalize(self, _leave_line, self._line, self.pid))
+
     def join(
         self,
         report: Callable[[], messages.Report | None] = lambda: None,
@@ -88,19 +103,48 @@ class Instance:
         timeout_s: float | None = None,
         routers: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
-        """Start the headgate thread and connect. Raises InstanceError if nobody listens, and TimeoutError."""
-        try:
-            if not self.thread.alive:
-                self.thread.start()
-            self.thread.connect(self._client(report, on_message, routers), timeout_s)
-            self._leave = weakref.finalize(self, _leave, self.thread, self.control, self._routers, self.pid)
-        except BaseException:
-            if hasattr(self, "control"):
-                _on(self.thread.loop, self.control.close)
-            self.thread.stop()
-            raise
+        """Connect. Raises InstanceError if nobody listens, and TimeoutError."""
+        if not self._is_begun:
+            self.begin()
+        if self._line is None:
+            self._connect(report, on_message, timeout_s, routers)
+        else:
+            try:
+                self._line.wait_connected(timeout_s)
+            except BaseException:
+                self._line.close()
+                raise
         with _join_lock:
             _joined[self.key] = self
+
+    def _start_thread(self) -> None:
+        from headgate.wire.thread import HeadgateThread  # brings asyncio
+
+        self.thread = HeadgateThread()
+        self.thread.start()
+        self._ends.append(self.thread.stop)
+
+    def _connect(
+        self,
+        report: Callable[[], messages.Report | None] = lambda: None,
+        on_message: Callable[[messages.FromController], None] = lambda message: None,
+        timeout_s: float | None = None,
+        routers: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
+        """Have the headgate thread connect. Raises InstanceError if nobody listens, and TimeoutError."""
+        from headgate.routers import Routers, on_loop
+
+        thread = self.thread
+        self._routers = Routers(self.home.token, self.name, self.node, thread.loop)
+        try:
+            thread.connect(self._client(report, on_message, routers), timeout_s)
+            self._ends.append(weakref.finalize(self, _leave, thread, self.control, self._routers, self.pid))
+        except BaseException:
+            if hasattr(self, "control"):
+                on_loop(thread.loop, self.control.close)
+                del self.control
+            thread.stop()
+            raise
         watch = getattr(self.home, "watch", None)
         if watch is not None:
             watch(self.control.end_threadsafe)
@@ -112,16 +156,15 @@ class Instance:
         routers: Callable[[], tuple[str, ...]],
     ) -> Callable[[], ControlClient]:
         """What makes the control client, which does not hold this."""
+        from headgate.wire.control import ControlClient
+
         this = weakref.ref(self)
 
         def spread(snapshot: Snapshot) -> None:
             if (instance := this()) is not None:
                 instance._spread(snapshot)
 
-        def gone() -> None:
-            if (instance := this()) is not None:
-                instance._gone()
-
+        gone = _weakly(self._gone) if self._line is None else _not_again  # the line says so too
         find, token = self.home.find, self.home.token
         hello = _hello(self.role, self.name, self.node, self._following, report, routers)
 
@@ -135,26 +178,36 @@ class Instance:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The snapshot in force in this process."""
+        """The snapshot in force in this process, once it follows."""
         return self.control.snapshot
 
     @property
     def usable(self) -> bool:
         """False once it was left, is over, or belongs to the process that this one was forked from."""
-        return not self.closed and not self.control.gone and self.pid == _pid
+        return not self.closed and not self._is_over and self.pid == _pid
 
     def when_gone(self, function: Callable[[], object]) -> None:
         """Call `function` once the instance is over or was left, on any thread, perhaps more than once."""
         self._when_gone.append(function)
-        if hasattr(self, "control") and self.control.gone:
+        if self._is_over:
             function()
 
     def _gone(self) -> None:
+        self._is_over = True
         for function in self._when_gone:
             function()
 
+    @property
+    def is_on_own_thread(self) -> bool:
+        """Whether this is called on a thread that holds a connection, which must not wait for itself."""
+        own = [holder.thread for holder in (self._line, getattr(self, "thread", None)) if holder is not None]
+        return threading.current_thread() in own
+
     def follow(self) -> None:
         """Have snapshots from now on; returns once the first is here. Raises ControllerUnavailable."""
+        with self._beginning:
+            if not hasattr(self, "control"):
+                self._begin_loop()
         if not self._following[0]:
             self._following[0] = True
             self.thread.loop.call_soon_threadsafe(self.control.tell, messages.Follow())
@@ -166,6 +219,13 @@ class Instance:
                     f"the controller sent no snapshot within {_FIRST_SNAPSHOT_S:g} s; it is safe to try again"
                 ) from None
 
+    def _begin_loop(self) -> None:
+        self._start_thread()
+        try:
+            self._connect(timeout_s=SILENCE_S)
+        except TimeoutError:
+            raise ControllerUnavailable(SILENT) from None
+
     # --- control calls ---
 
     def call(self, method: str, /, timeout_s: float | None = None, **params: Any) -> Any:
@@ -175,6 +235,8 @@ class Instance:
         InstanceError when the instance is over; TimeoutError.
         """
         self.check()
+        if self._line is not None:
+            return self._line.call(method, params, timeout_s)
         return self.thread.run(self.control.call(method, params), timeout_s)
 
     def check(self) -> None:
@@ -185,14 +247,7 @@ class Instance:
     # --- routers ---
 
     def _spread(self, snapshot: Snapshot) -> None:
-        _end_closed(self._routers)
-        for loop, (router, _) in list(self._routers.items()):
-            if loop is self.thread.loop:
-                router.follow(snapshot)
-            else:
-                with contextlib.suppress(RuntimeError):  # it was closed just now
-                    loop.call_soon_threadsafe(router.follow, snapshot)
-
+        self._routers.spread(snapshot)
         for watcher in list(self._watchers):
             watcher()
 
@@ -206,20 +261,9 @@ class Instance:
 
     def router(self) -> Router:
         """The router of the running loop, following the newest snapshot."""
-        loop = asyncio.get_running_loop()
-        router, _ = self._routers.get(loop, (None, None))
-        if router is None or router.closed:
-            from headgate.router import Router  # 5 ms and 1 MB that only requests cost, not control calls
-
-            _end_closed(self._routers)
-            router = Router(self.home.token, self.name, node=self.node)
-            is_users = loop is not self.thread.loop
-            self._routers[loop] = router, LoopEnd(partial(_end, router, self._routers)) if is_users else None
-            if self.closed:  # since whoever wants it has asked: `leave` may not have seen it
-                router.close()
-                return router
-        if router.snapshot is not self.control.snapshot:
-            router.follow(self.control.snapshot)
+        router = self._routers.here(self.control.snapshot)
+        if self.closed:  # since whoever wants it has asked: `leave` may not have seen it
+            router.close()
         return router
 
     def endpoint(self, name: str) -> Endpoint | None:
@@ -232,18 +276,34 @@ class Instance:
     # --- leaving ---
 
     def leave(self) -> None:
-        """Close routers and connection and end the headgate thread; the instance goes on. Idempotent."""
+        """Close routers and connections and end the threads; the instance goes on. Idempotent."""
         if self.closed:
             return
         self.closed = True
         with _join_lock:
             if _joined.get(self.key) is self:
                 del _joined[self.key]
-        self._leave()
+        for end in reversed(self._ends):
+            end()
         close = getattr(self.home, "close", None)
         if close is not None:
             close()
         self._gone()
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """`method`, called as long as its object lives, without holding it."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (bound := reference()) is not None:
+            bound()
+
+    return call
+
+
+def _not_again() -> None:
+    """What another thread does is not done on this one meanwhile."""
 
 
 def _hello(
@@ -258,98 +318,19 @@ def _hello(
     return lambda version: messages.Hello(role, name, pid, following[0], version, report(), node, routers())
 
 
-def _leave(
-    thread: HeadgateThread,
-    control: ControlClient,
-    routers: _Routers,
-    pid: int,
-) -> None:
-    if pid != os.getpid():  # a fork has none of these threads
+def _leave_line(line: Line, pid: int) -> None:
+    if pid == os.getpid():  # a fork has none of these threads
+        line.close()
+
+
+def _leave(thread: HeadgateThread, control: ControlClient, routers: Routers, pid: int) -> None:
+    if pid != os.getpid():
         return
-    for loop, (router, _) in list(routers.items()):
-        _on(loop, router.close)
-    _end_closed(routers)
-    _on(thread.loop, control.close)
+    from headgate.routers import on_loop
+
+    routers.close()
+    on_loop(thread.loop, control.close)
     thread.stop()
-
-
-def _on(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:  # that loop was closed
-        pass
-
-
-def _end(router: Router, routers: _Routers) -> None:
-    """The loop of `router` ends: nothing here is to hold either of them."""
-    router.close()
-    if routers.get(router.loop, (None, None))[0] is router:
-        del routers[router.loop]
-
-
-def _end_closed(routers: _Routers) -> None:
-    """End those whose loops were closed without a word to anybody; on any thread."""
-    for loop in [loop for loop in list(routers) if loop.is_closed()]:
-        router, _ = routers.pop(loop, (None, None))
-        if router is not None:  # else another thread has it
-            _end_without_loop(router)
-
-
-def _end_without_loop(router: Router) -> None:
-    router.closed = True  # nothing is dialled any more
-    for backend in list(router.backends.values()):
-        for link in list(backend.links.values()):
-            _end_link_without_loop(link)
-    with contextlib.suppress(RuntimeError):  # a task cannot be cancelled any more
-        router.close()
-
-
-def _end_link_without_loop(link: ReplicaLink) -> None:
-    """As `discard`, and then what the loop would have done in its next turn.
-
-    uvloop's transports are closed with it. asyncio's would keep the socket, and warn of it when it is collected.
-    """
-    transport = link._transport
-    with contextlib.suppress(RuntimeError):  # the transport has no loop to tell
-        link.discard()
-    link.discard()
-    lose = getattr(transport, "_call_connection_lost", link.connection_lost)
-    lose(None)
-
-
-class LoopEnd:
-    """Calls `close` when the running loop ends; perhaps twice.
-
-    asyncio.run first cancels all tasks that there are. What they begin in their last moments comes too
-    late for that, and is ended when async generators are shut down, which is next.
-    """
-
-    def __init__(self, close: Callable[[], object]) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._until_cancelled())
-        self._task._log_destroy_pending = False  # type: ignore[attr-defined]  # a loop may just close
-        self._task.add_done_callback(lambda task: close())  # a `finally` is not run if it is cancelled before it began
-        self._generator = self._until_shut_down(close)
-        with contextlib.suppress(StopIteration):  # it has come to its yield, and the loop knows it
-            self._generator.asend(None).send(None)
-
-    def now(self) -> None:
-        """Do not wait for the loop's end."""
-        self._task.cancel()
-
-    @staticmethod
-    async def _until_cancelled() -> None:
-        await asyncio.get_running_loop().create_future()
-
-    @staticmethod
-    async def _until_shut_down(close: Callable[[], object]) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            close()
-
-
-#: What each loop has: its router, and what sees its end if it is the user's.
-_Routers = dict[asyncio.AbstractEventLoop, "tuple[Router, LoopEnd | None]"]
 
 
 def joined(key: str) -> Instance | None:

@@ -19,10 +19,11 @@ from typing import Any
 
 from headgate.calls import Call
 from headgate.errors import EndpointNotFound, InstanceError, RequestCancelled, RequestTimeout
-from headgate.instance import Instance, LoopEnd
+from headgate.instance import Instance
 from headgate.reservations import Actors
 from headgate.router import Router
-from headgate.wire.control import OVER
+from headgate.routers import LoopEnd
+from headgate.wire.calling import OVER
 from headgate.wire.segments import Store
 
 #: How long a call of a handle with missing_ok waits for its endpoint.

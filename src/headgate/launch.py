@@ -187,7 +187,7 @@ class Ending:
         """
         self.instance = instance
         instance.when_gone(self._launched.reap)
-        instance.thread.start()
+        instance.begin()
         try:
             with held.let():
                 instance.join(timeout_s=START_S)
@@ -209,8 +209,7 @@ class Ending:
         """Drain and end everything; `force` kills. Returns when all processes are gone."""
         if os.getpid() != self._owner:  # a fork of the driver owns nothing
             return
-        if self.instance is not None and threading.current_thread() is self.instance.thread.thread:
-            # collected on the headgate thread, which must not wait for itself
+        if self.instance is not None and self.instance.is_on_own_thread:  # collected there
             threading.Thread(target=self.now).start()
             return
         with self._lock:

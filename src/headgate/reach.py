@@ -12,7 +12,7 @@ from headgate import instance as instances
 from headgate.errors import InstanceError
 from headgate.homes import home_of
 from headgate.lanes import Lane, lane_of
-from headgate.wire.control import OVER
+from headgate.wire.calling import OVER
 
 if TYPE_CHECKING:
     from headgate.instance import Instance

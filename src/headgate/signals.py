@@ -1,4 +1,5 @@
-"""Signals in the user's process: SIGTERM as an ordinary exit, Ctrl-C in `client.wait()` and while things start or end.
+"""Signals in the user's process: SIGTERM as an ordinary exit, Ctrl-C in `client.wait()` and while things start or end,
+and none on headgate's own threads.
 
 Rule: handlers are the user's. They are set in the main thread only, SIGTERM's only where nobody
 has set one, and what was there before comes back.
@@ -22,6 +23,29 @@ else:
 _TERMINATED = 128 + signal.SIGTERM
 
 _users = 0
+
+#: Left to the other threads: Python runs handlers on the main thread, and one that sleeps is not woken up
+#: when the kernel has given the signal to a thread of headgate's.
+_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # fmt: skip
+#: Those of them that were not left to others already by whoever started the thread.
+_withheld: set[int] = set()
+
+
+def withhold_signals() -> None:
+    """Have this thread, one of headgate's own that runs nothing of the user's, take no signals."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    _withheld.update(number for number in _SIGNALS if number not in before)
+
+
+def take_signals() -> None:
+    """Have this thread, and what it executes, take the signals that it does not because a headgate thread began it.
+
+    A new thread has the mask of the one that starts it: to be called by each that runs code of the user's.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _withheld)
 
 
 def _is_main_thread() -> bool:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from headgate.controller.publisher import HELD_UP_S, PATIENCE_S, Publisher
 from headgate.core.state import BackendView, ReplicaAddress, Settings, Snapshot
 from headgate.wire import messages
-from headgate.wire.handshake import wire_name
+from headgate.wire.greeting import wire_name
 
 
 class World:

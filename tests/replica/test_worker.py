@@ -15,7 +15,7 @@ import headgate
 from headgate.core import framing
 from headgate.core.state import Settings
 from headgate.wire import payload
-from headgate.wire.handshake import wire_name
+from headgate.wire.greeting import wire_name
 from headgate.wire.link import WINDOW_BYTES
 
 

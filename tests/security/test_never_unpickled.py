@@ -27,7 +27,7 @@ from running import instance_pids, key_of, one_instance, pid_of
 
 import headgate
 from headgate.core import framing
-from headgate.wire.handshake import VERSION
+from headgate.wire.greeting import VERSION
 
 #: The hook gets into processes by the environment, and those of Ray's workers have the node's.
 pytestmark = pytest.mark.local("the audit hook does not get into Ray's workers")

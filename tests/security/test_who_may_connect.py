@@ -34,7 +34,8 @@ from headgate.core import framing
 from headgate.core.state import Snapshot
 from headgate.engine import directory
 from headgate.proxy import admin
-from headgate.wire.handshake import MAX_FDS, VERSION, dial
+from headgate.wire.greeting import VERSION
+from headgate.wire.handshake import MAX_FDS, dial
 
 pytestmark = pytest.mark.local(
     "the run directory is the local engine's; tests/ray/test_ray_security.py has Ray's ports"

@@ -31,7 +31,7 @@ from headgate.core.state import Snapshot
 from headgate.errors import BackendOverloaded, EndpointNotFound, HeadgateError, ReplicaDied, RequestTimeout
 from headgate.wire import messages, payload
 from headgate.wire.caller import Caller
-from headgate.wire.handshake import wire_name
+from headgate.wire.greeting import wire_name
 
 if TYPE_CHECKING:
     from simulation.sim_replica import SimReplica, Task

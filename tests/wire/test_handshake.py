@@ -22,7 +22,8 @@ import virtual_time
 
 from headgate.errors import ProtocolError
 from headgate.wire.address import address_of, listen
-from headgate.wire.handshake import MAX_FDS, TIMEOUT_S, VERSION, accept, dial, wire_name
+from headgate.wire.greeting import TIMEOUT_S, VERSION, wire_name
+from headgate.wire.handshake import MAX_FDS, accept, dial
 
 TOKEN = b"t" * 32
 GREETING = struct.Struct("<4sHH32s64s")

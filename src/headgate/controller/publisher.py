@@ -28,7 +28,7 @@ from headgate.controller.linked import Linked
 from headgate.core import deltas
 from headgate.core.state import Snapshot
 from headgate.wire import messages
-from headgate.wire.handshake import wire_name
+from headgate.wire.greeting import wire_name
 
 log = logs.get("publisher")
 

@@ -18,6 +18,7 @@ from msgspec import Struct
 from headgate.engine import directory
 from headgate.engine.ignition import INSTANCE_VARIABLE, Spark, strike
 from headgate.errors import HeadgateError
+from headgate.wire.greeting import receive_fds
 
 __all__ = ["INSTANCE_VARIABLE", "Boot", "ChildBoot", "read", "spawn", "tell"]
 
@@ -115,7 +116,7 @@ def read(fd: int) -> Boot:
 
     A driver that was killed before it could say what it wants may have made the run directory already.
     """
-    from headgate.wire.handshake import receive_fds  # brings asyncio, which the driver is not to import yet
+    import headgate.wire.control  # noqa: F401 - beside the driver, which has yet to make up what it says
 
     with socket.socket(fileno=fd) as sock:
         size, fds, _ = receive_fds(sock, 8, len(_FDS), socket.MSG_WAITALL)

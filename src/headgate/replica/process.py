@@ -50,7 +50,7 @@ from headgate.replica.wear import Wear
 from headgate.replica.worker import Worker
 from headgate.wire import messages
 from headgate.wire.control import Acceptor
-from headgate.wire.handshake import pid_of
+from headgate.wire.greeting import pid_of
 from headgate.wire.link import open_link
 from headgate.wire.payload import error_text
 from headgate.wire.slots import SLOTS, map_memory

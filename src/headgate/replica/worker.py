@@ -31,7 +31,7 @@ from headgate.replica.plain import PlainThread
 from headgate.replica.plain_calls import PlainCalls
 from headgate.replica.reservation import Reservations
 from headgate.replica.watch import STUCK_EXIT
-from headgate.wire.handshake import wire_name
+from headgate.wire.greeting import wire_name
 from headgate.wire.segments import Store
 
 if TYPE_CHECKING:

@@ -25,24 +25,16 @@ from headgate.core.state import Snapshot
 from headgate.errors import InstanceError, ProtocolError
 from headgate.wire import messages
 from headgate.wire.acceptor import Acceptor
+from headgate.wire.calling import OVER
 from headgate.wire.handshake import dial
 from headgate.wire.link import Frame, Link, open_link
 from headgate.wire.pending import Pending
 
-__all__ = ["OVER", "RECONNECT_S", "Acceptor", "ControlClient", "Hub", "Peer"]
+__all__ = ["RECONNECT_S", "Acceptor", "ControlClient", "Hub", "Peer"]
 
 RECONNECT_S = 0.02
-OVER = (
-    "the instance is over: it has already been shut down, or its processes were killed; "
-    "call headgate.start() for a new one"
-)
 _decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
 _decode_delta = msgspec.msgpack.Decoder(deltas.Delta).decode
-
-
-def _framed(message: Any) -> bytes:
-    body = messages.encode(message)
-    return framing.HEADER.pack(len(body), framing.CONTROL, 0, 0, 0, 0) + body
 
 
 class Peer(Link):
@@ -61,7 +53,7 @@ class Peer(Link):
     def tell(self, message: messages.FromController) -> None:
         """Send a message; nothing happens when the peer is gone."""
         if not self.closed:
-            self.send(_framed(message))
+            self.send(messages.framed(message))
 
     def on_frames(self, frames: list[Frame]) -> None:
         for kind, _, _, _, _, source, start, end in frames:
@@ -223,7 +215,7 @@ class ControlClient:
     def tell(self, message: messages.ToController) -> None:
         """Send a message; dropped while the controller is away (Hello repeats all that matters)."""
         if self._link is not None:
-            self._link.send(_framed(message))
+            self._link.send(messages.framed(message))
 
     async def call(self, method: str, params: dict[str, Any]) -> Any:
         """The controller's answer to a call, repeated by itself when the controller is replaced.

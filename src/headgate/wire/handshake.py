@@ -13,31 +13,17 @@ descriptors are closed on every path that fails. The transport is made afterward
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 from headgate.errors import ProtocolError
+from headgate.wire import greeting
 from headgate.wire.address import connect_to, prepare
+from headgate.wire.greeting import TIMEOUT_S, check_user, receive_fds
 
-VERSION = 1
-TIMEOUT_S = 1.0
 MAX_FDS = 2
-
-_MAGIC = b"HGT1"
-_NAME_BYTES = 64
-_GREETING = struct.Struct("<4sHH32s64s")  # magic, version, reserved, nonce, name
-_ANSWER = struct.Struct("<4sHH32sQ32s")  # magic, version, reserved, nonce, pid, proof
-_CREDENTIALS = struct.Struct("3i")
-
-
-def wire_name(name: str) -> str:
-    """The name under which a dialer is known to those it dials: its own, or a digest of one too long to send."""
-    return name if len(name.encode()) <= _NAME_BYTES else hashlib.sha256(name.encode()).hexdigest()
 
 
 async def dial(address: str, token: bytes, name: str, fds: Sequence[int] = ()) -> tuple[socket.socket, int]:
@@ -51,7 +37,7 @@ async def dial(address: str, token: bytes, name: str, fds: Sequence[int] = ()) -
         sock.setblocking(False)
         async with asyncio.timeout(TIMEOUT_S):
             await _connect(sock, place)
-            pid = await _dial(sock, address, token, wire_name(name).encode(), fds)
+            pid = await _dial(sock, address, token, name, fds)
     except TimeoutError:
         sock.close()
         raise ProtocolError(f"no answer to the handshake on {address} within {TIMEOUT_S:g} s") from None
@@ -72,25 +58,22 @@ async def _connect(sock: socket.socket, place: Any) -> None:
             break
         except BlockingIOError:  # the listener's queue is full, connect() on a unix socket does not wait
             await asyncio.sleep(0.005)
-    _check_user(sock)
+    check_user(sock)
 
 
-async def _dial(sock: socket.socket, address: str, token: bytes, name: bytes, fds: Sequence[int]) -> int:
+async def _dial(sock: socket.socket, address: str, token: bytes, name: str, fds: Sequence[int]) -> int:
     loop = asyncio.get_running_loop()
     is_local = sock.family == socket.AF_UNIX
-    nonce = os.urandom(32)
-    greeting = _GREETING.pack(_MAGIC, VERSION, 0, nonce, name)
+    nonce = os.urandom(greeting.NONCE_BYTES)
+    first = greeting.greeting(name, nonce)
     if fds and is_local:
-        socket.send_fds(sock, [greeting], list(fds))
+        socket.send_fds(sock, [first], list(fds))
     else:
-        sock.send(greeting)
-    answer = await _receive(loop, sock, _ANSWER.size)
-    magic, version, _, their_nonce, pid, proof = _ANSWER.unpack(answer)
-    _check_version(magic, version)
-    if not hmac.compare_digest(proof, _proof(token, b"acceptor", nonce, their_nonce)):
-        raise ProtocolError(f"whoever listens on {address} does not hold this instance's token")
-    await loop.sock_sendall(sock, _proof(token, b"dialer", nonce, their_nonce))
-    return int(pid) if is_local else 0
+        sock.send(first)
+    answer = await _receive(loop, sock, greeting.ANSWER_BYTES)
+    proof, pid = greeting.prove(answer, nonce, token, address)
+    await loop.sock_sendall(sock, proof)
+    return pid if is_local else 0
 
 
 async def accept(sock: socket.socket, token: bytes) -> tuple[str, list[int]]:
@@ -115,47 +98,14 @@ async def accept(sock: socket.socket, token: bytes) -> tuple[str, list[int]]:
 async def _accept(sock: socket.socket, token: bytes, fds: list[int]) -> str:
     loop = asyncio.get_running_loop()
     if sock.family == socket.AF_UNIX:
-        _check_user(sock)
+        check_user(sock)
     else:
         prepare(sock)
-    greeting = await _receive_fds(loop, sock, _GREETING.size, fds)
-    magic, version, _, nonce, name = _GREETING.unpack(greeting)
-    _check_version(magic, version)
-    mine = os.urandom(32)
-    proof = _proof(token, b"acceptor", nonce, mine)
-    await loop.sock_sendall(sock, _ANSWER.pack(_MAGIC, VERSION, 0, mine, os.getpid(), proof))
-    answer = await _receive(loop, sock, 32)
-    if not hmac.compare_digest(answer, _proof(token, b"dialer", nonce, mine)):
-        raise ProtocolError("the dialer does not hold this instance's token")
-    return str(name.rstrip(b"\0").decode("utf-8", "replace"))
-
-
-def _proof(token: bytes, role: bytes, dialer_nonce: bytes, acceptor_nonce: bytes) -> bytes:
-    return hmac.digest(token, role + dialer_nonce + acceptor_nonce, "sha256")
-
-
-def _check_version(magic: bytes, version: int) -> None:
-    if magic != _MAGIC:
-        raise ProtocolError("the peer does not speak headgate's protocol")
-    if version != VERSION:
-        raise ProtocolError(f"the peer speaks wire version {version}, this process version {VERSION}")
-
-
-def pid_of(sock: socket.socket) -> int:
-    """The process that dialled an accepted connection; 0 over TCP, and if it cannot be seen from here."""
-    return _credentials(sock)[0] if sock.family == socket.AF_UNIX else 0
-
-
-def _credentials(sock: socket.socket) -> tuple[int, int]:
-    """SO_PEERCRED: pid and user of the process that called listen() or connect()."""
-    pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return pid, uid
-
-
-def _check_user(sock: socket.socket) -> None:
-    uid = _credentials(sock)[1]  # the user is what counts: who called listen() may be another process
-    if uid != os.geteuid():
-        raise ProtocolError(f"the peer runs as user {uid}, this process as {os.geteuid()}")
+    first = await _receive_fds(loop, sock, greeting.GREETING_BYTES, fds)
+    name, answer, proof = greeting.answer_to(first, token)
+    await loop.sock_sendall(sock, answer)
+    greeting.check_proof(await _receive(loop, sock, greeting.PROOF_BYTES), proof)
+    return name
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int) -> bytes:
@@ -185,21 +135,6 @@ async def _receive_fds(
             raise ProtocolError("the peer closed the connection in the middle of the handshake")
         data += piece
     return data
-
-
-def receive_fds(sock: socket.socket, size: int, max_fds: int, flags: int = 0) -> tuple[bytes, list[int], int]:
-    """Up to `size` bytes, the file descriptors that came along (never inheritable), and the message's flags.
-
-    What socket.recv_fds is for, which drops the flags it is given (CPython 3.11).
-    """
-    room = socket.CMSG_LEN(max_fds * struct.calcsize("i"))
-    data, messages, found, _ = sock.recvmsg(size, room, flags | socket.MSG_CMSG_CLOEXEC)
-    fds: list[int] = []
-    for level, kind, content in messages:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            whole = len(content) - len(content) % struct.calcsize("i")
-            fds += struct.unpack(f"{whole // struct.calcsize('i')}i", content[:whole])
-    return data, fds, found
 
 
 async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:

@@ -8,7 +8,6 @@ may come back elsewhere; each node's processes find its address in a file that i
 
 from __future__ import annotations
 
-import asyncio
 import os
 from typing import Protocol
 
@@ -56,19 +55,22 @@ class Booted(Protocol):
 
 
 class DirectoryHome:
-    """An instance of this machine, by its run directory."""
+    """An instance of this machine, by its run directory.
+
+    path   of the socket where every controller of it listens
+    """
 
     node = LOCAL
 
     def __init__(self, directory: str, token: bytes) -> None:
         self.key = directory
         self.token = token
-        self._address = os.path.join(directory, _SOCKET)
+        self.path = os.path.join(directory, _SOCKET)
 
     async def find(self, error: Exception | None) -> str | None:
         if isinstance(error, ConnectionRefusedError | FileNotFoundError):
             return None
-        return self._address
+        return self.path
 
 
 class FileHome:
@@ -81,6 +83,8 @@ class FileHome:
 
     async def find(self, error: Exception | None) -> str | None:
         if error is not None:  # the controller may be on its way to another place
+            import asyncio  # which a process without a loop does not have
+
             await asyncio.sleep(_LOOK_AGAIN_S)
         try:
             with open(os.path.join(self.key, _FILE), encoding="utf-8") as file:

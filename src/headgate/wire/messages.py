@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from headgate.core import framing
 from headgate.core.state import Facts, Settings
 
 
@@ -200,3 +201,9 @@ FromController = Ask | Assign | Configure | Drain | Fence | Publish | PublishCha
 encode = msgspec.msgpack.Encoder().encode
 decode_to_controller = msgspec.msgpack.Decoder(ToController).decode
 decode_from_controller = msgspec.msgpack.Decoder(FromController).decode
+
+
+def framed(message: ToController | FromController) -> bytes:
+    """A message as it goes over a connection."""
+    body = encode(message)
+    return framing.pack(framing.CONTROL, 0, 0, 0, 0, len(body)) + body

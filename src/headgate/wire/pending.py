@@ -16,17 +16,9 @@ from typing import Any
 
 import msgspec
 
-from headgate import errors
-from headgate.errors import ArgumentError, ControllerUnavailable, HeadgateError
-from headgate.wire import messages
-
-SILENCE_S = 5.0
-_TICK_S = 0.25
-
-SILENT = (
-    f"the controller gave no sign of life for {SILENCE_S:g} s: it is stopped, or this machine is overloaded; "
-    "requests go on without it"
-)
+from headgate.errors import HeadgateError
+from headgate.wire import calling, messages
+from headgate.wire.calling import SILENCE_S, TICK_S
 
 
 class Pending:
@@ -36,7 +28,7 @@ class Pending:
     """
 
     def __init__(self, silence_s: float = SILENCE_S) -> None:
-        self._limit = round(silence_s / _TICK_S)
+        self._limit = round(silence_s / TICK_S)
         self._calls: dict[int, tuple[messages.Request, asyncio.Future[msgspec.Raw]]] = {}
         self._count = 0
         self._name = os.urandom(8).hex()
@@ -48,17 +40,13 @@ class Pending:
 
     def add(self, method: str, params: dict[str, Any]) -> messages.Request:
         """A new call; ArgumentError if a parameter cannot travel."""
-        try:
-            packed = msgspec.Raw(msgspec.msgpack.encode(params))
-        except (TypeError, OverflowError, UnicodeEncodeError) as error:
-            raise ArgumentError(f"{method}: an argument cannot be sent to the controller: {error}") from None
+        request = calling.request(self._count + 1, self._name, method, params)
         loop = asyncio.get_running_loop()
         self._count += 1
-        request = messages.Request(self._count, f"{self._name}-{self._count}", method, packed)
         self._calls[request.id] = request, loop.create_future()
         if self._timer is None:
             self._silent = 0
-            self._timer = loop.call_later(_TICK_S, self._tick, loop)
+            self._timer = loop.call_later(TICK_S, self._tick, loop)
         return request
 
     async def answer(self, request: messages.Request) -> Any:
@@ -77,8 +65,8 @@ class Pending:
         _, answer = self._calls.get(response.id, (None, None))
         if answer is None or answer.done():
             return
-        if response.error is not None:
-            answer.set_exception(errors.from_wire(*response.error))
+        if (error := calling.error_of(response)) is not None:
+            answer.set_exception(error)
         else:
             answer.set_result(response.value)
 
@@ -93,14 +81,9 @@ class Pending:
         if self._silent >= self._limit:
             self._give_up()
         waiting = any(not answer.done() for _, answer in self._calls.values())
-        self._timer = loop.call_later(_TICK_S, self._tick, loop) if waiting else None
+        self._timer = loop.call_later(TICK_S, self._tick, loop) if waiting else None
 
     def _give_up(self) -> None:
         for request, answer in self._calls.values():
             if not answer.done():
-                answer.set_exception(
-                    ControllerUnavailable(
-                        f"{request.method}: {SILENT}; what was asked for may or may not have happened, "
-                        "and it is safe to repeat the call"
-                    )
-                )
+                answer.set_exception(calling.no_sign_of_life(request.method))

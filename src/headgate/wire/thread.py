@@ -7,31 +7,14 @@ user's code is, and it carries the requests of sync handles. Nothing of the user
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from headgate.signals import withhold_signals
 from headgate.wire.control import ControlClient
 
 T = TypeVar("T")
-
-#: Left to the other threads: Python runs handlers on the main thread, and one that sleeps is not woken up
-#: when the kernel has given the signal to this one.
-_SIGNALS = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # fmt: skip
-#: Those of them that were not left to others already by whoever started the thread.
-_withheld: set[signal.Signals] = set()
-
-
-def take_signals() -> None:
-    """Have this thread, and what it executes, take the signals that it does not because a headgate thread began it.
-
-    A new thread has the mask of the one that starts it: to be called by each that runs code of the user's.
-    """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _withheld)
 
 
 class HeadgateThread:
@@ -83,8 +66,7 @@ class HeadgateThread:
                 self.thread.join(2.0)
 
     def _run(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        _withheld.update(number for number in _SIGNALS if number not in before)
+        withhold_signals()
         loop = self.loop
         asyncio.set_event_loop(loop)
         loop.call_soon(self._started.set)

@@ -1,0 +1,323 @@
+"""wire/line.py, calls without an event loop: what survives the controller's restart, and what ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from headgate.core import framing
+from headgate.errors import ArgumentError, ConfigError, ControllerUnavailable, HeadgateError, InstanceError
+from headgate.wire import messages
+from headgate.wire.control import Hub, Peer
+from headgate.wire.line import Line
+from headgate.wire.thread import HeadgateThread
+
+TOKEN = b"t" * 32
+HELLO = messages.Hello("client", "me", os.getpid())
+PATIENCE_S = 10.0
+Answer = Callable[[messages.Request], messages.Response | None]
+
+
+def echo(request: messages.Request) -> messages.Response | None:
+    return messages.Response(request.id, msgspec.Raw(request.params))
+
+
+def refuse(request: messages.Request) -> messages.Response | None:
+    return messages.Response(request.id, error=("ConfigError", "no"))
+
+
+def no_answer(request: messages.Request) -> messages.Response | None:
+    return None
+
+
+class World:
+    """The controller's socket, and one controller at a time on a thread of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "control.sock")
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        self.answer: Answer = echo
+        self.heard: list[Any] = []
+        self.thread = HeadgateThread("controller")
+        self.thread.start()
+        self.hub: Hub
+        self.start_controller()
+        self.lines: list[Line] = []
+
+    def line(self, **options: Any) -> Line:
+        """One that is connected."""
+        line = Line(self.path, TOKEN, HELLO, **options)
+        self.lines.append(line)
+        line.start()
+        line.wait_connected(PATIENCE_S)
+        return line
+
+    def do(self, function: Callable[[], object]) -> None:
+        """Have the controller's thread do it."""
+
+        async def run() -> None:
+            function()
+
+        self.thread.run(run(), PATIENCE_S)
+
+    def start_controller(self) -> None:
+        def start() -> None:
+            self.hub = Hub(self.listener.dup(), TOKEN, self._hear, lambda peer: None)
+            self.hub.open()
+
+        self.do(start)
+
+    def restart(self, answer: Answer) -> None:
+        """Another controller listens on the socket, which the supervisor holds open."""
+        self.do(self.hub.close)
+        self.answer = answer
+        self.start_controller()
+
+    def end(self) -> None:
+        """Nobody will ever listen again."""
+        self.listener.close()
+        self.do(self.hub.close)
+
+    def _hear(self, peer: Peer, message: messages.ToController) -> None:
+        self.heard.append(message)
+        if isinstance(message, messages.Request) and (response := self.answer(message)) is not None:
+            peer.tell(response)
+
+    def tell(self, message: messages.FromController) -> None:
+        self.do(lambda: [peer.tell(message) for peer in self.hub.peers])
+
+    def send(self, data: bytes) -> None:
+        self.do(lambda: [peer.send(data) for peer in self.hub.peers])
+
+    def all_of(self, kind: type[Any]) -> list[Any]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+
+@pytest.fixture
+def world(short_dir: Path) -> Iterator[World]:
+    world = World(short_dir)
+    yield world
+    for line in world.lines:
+        line.close()
+    world.end()
+    world.thread.stop()
+
+
+def until(true: Callable[[], Any]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+class Aside:
+    """A call on a thread of its own: what became of it."""
+
+    def __init__(self, line: Line, method: str = "method", **options: Any) -> None:
+        self.outcome: Any = None
+        self._thread = threading.Thread(target=self._run, args=(line, method, options))
+        self._thread.start()
+
+    def _run(self, line: Line, method: str, options: dict[str, Any]) -> None:
+        try:
+            self.outcome = line.call(method, {"a": 1}, **options)
+        except (HeadgateError, TimeoutError) as error:
+            self.outcome = error
+
+    def wait(self) -> Any:
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+        return self.outcome
+
+
+# --- calls ---
+
+
+def test_it_says_hello_and_its_calls_are_answered(world: World) -> None:
+    line = world.line()
+    assert line.call("method", {"a": [1, None]}) == {"a": [1, None]}
+    assert line.call("method", {}) == {}
+    hello, first, second = world.heard
+    assert hello == HELLO
+    assert (first.method, first.id, second.id) == ("method", 1, 2)
+    assert first.call != second.call
+
+
+def test_calls_of_many_threads_get_their_own_answers(world: World) -> None:
+    line = world.line()
+    found: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda n=number: found.append((n, line.call("method", {"n": n}))))  # type: ignore[misc]
+        for number in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert sorted(found) == [(number, {"n": number}) for number in range(20)]
+
+
+def test_what_the_controller_raises_is_raised(world: World) -> None:
+    world.answer = refuse
+    with pytest.raises(ConfigError, match="no"):
+        world.line().call("method", {})
+
+
+def test_what_cannot_travel_is_an_error_that_names_the_call(world: World) -> None:
+    with pytest.raises(ArgumentError, match="method"):
+        world.line().call("method", {"a": print})
+
+
+def test_what_is_larger_than_any_buffer_travels(world: World) -> None:
+    params = {"code": bytes(20_000_000)}
+    assert world.line().call("method", params) == params
+
+
+def test_a_call_may_be_given_up(world: World) -> None:
+    world.answer = no_answer
+    line = world.line()
+    with pytest.raises(TimeoutError):
+        line.call("method", {}, timeout_s=0.01)
+    world.answer = echo
+    assert line.call("method", {"a": 1}) == {"a": 1}
+
+
+def test_a_ping_is_answered_and_other_messages_are_none_of_its_business(world: World) -> None:
+    line = world.line()
+    line.call("method", {})
+    world.tell(messages.Goodbye())
+    world.tell(messages.Ping())
+    until(lambda: world.all_of(messages.Pong))
+    assert line.call("method", {}) == {}
+
+
+# --- silence ---
+
+
+def test_a_controller_that_is_silent_while_a_call_waits_is_an_error(world: World) -> None:
+    world.answer = no_answer
+    line = world.line(silence_s=0.5)
+    with pytest.raises(ControllerUnavailable, match=r"^method: the controller gave no sign of life"):
+        line.call("method", {})
+
+
+def test_a_call_waits_as_long_as_the_controller_gives_signs_of_life(world: World) -> None:
+    world.answer = no_answer
+    line = world.line(silence_s=0.75)
+    call = Aside(line)
+    for _ in range(10):
+        time.sleep(0.125)
+        world.tell(messages.Ping())
+    [request] = world.all_of(messages.Request)
+    world.tell(messages.Response(request.id))
+    assert call.wait() is None
+
+
+# --- the controller is replaced ---
+
+
+def test_a_call_is_repeated_as_the_same_call_when_the_controller_is_replaced(world: World) -> None:
+    world.answer = no_answer
+    line = world.line()
+    with pytest.raises(TimeoutError):
+        line.call("given up", {}, timeout_s=0.01)
+    call = Aside(line)
+    until(lambda: len(world.all_of(messages.Request)) == 2)
+    world.restart(echo)
+    assert call.wait() == {"a": 1}
+    given_up, first, again = world.all_of(messages.Request)
+    assert given_up.method == "given up"
+    assert first == again
+    assert world.all_of(messages.Hello) == [HELLO, HELLO]
+
+
+def test_a_broken_protocol_ends_the_connection_and_the_next_one_goes_on(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = world.line()
+    broken = (
+        framing.pack(framing.PING, 0, 0, 0, 0, 0),
+        framing.pack(framing.CONTROL, 0, 0, 0, 0, 3) + b"odd",
+        struct.pack("<I", 1) + bytes(16),
+    )
+    for number, data in enumerate(broken, 1):
+        until(lambda: len(world.all_of(messages.Hello)) == number and len(world.hub.peers) == 1)  # noqa: B023
+        world.send(data)
+    until(lambda: len(world.all_of(messages.Hello)) == 4)
+    assert line.call("method", {}) == {}
+    assert caplog.text.count("a link broke the protocol and was closed") == 3
+
+
+# --- the end ---
+
+
+def test_where_nobody_listens_there_is_no_instance(short_dir: Path) -> None:
+    gone: list[bool] = []
+    line = Line(str(short_dir / "control.sock"), TOKEN, HELLO, lambda: gone.append(True))
+    line.start()
+    with pytest.raises(InstanceError, match=r"no headgate instance listens on .*control\.sock"):
+        line.wait_connected(PATIENCE_S)
+    line.thread.join(PATIENCE_S)
+    assert gone == [True]
+
+
+def test_who_does_not_hold_the_token_is_not_connected_to(world: World) -> None:
+    line = Line(world.path, b"x" * 32, HELLO)
+    line.start()
+    with pytest.raises(TimeoutError):
+        line.wait_connected(0.1)
+    line.close()
+    assert not line.thread.is_alive()
+    with pytest.raises(InstanceError, match="no headgate instance"):
+        line.wait_connected()
+
+
+def test_whoever_closes_in_the_middle_of_the_handshake_is_dialled_again(short_dir: Path) -> None:
+    path = str(short_dir / "control.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        line = Line(path, TOKEN, HELLO)
+        line.start()
+        for _ in range(3):
+            listener.accept()[0].close()
+        line.close()
+    assert not line.thread.is_alive()
+
+
+def test_calls_fail_when_the_instance_is_over(world: World) -> None:
+    world.answer = no_answer
+    gone: list[threading.Thread] = []
+    line = world.line(on_gone=lambda: gone.append(threading.current_thread()))
+    call = Aside(line)
+    until(lambda: world.all_of(messages.Request))
+    world.end()
+    assert isinstance(call.wait(), InstanceError)
+    line.thread.join(PATIENCE_S)
+    assert (line.gone, gone) == (True, [line.thread])
+    with pytest.raises(InstanceError, match="the instance is over"):
+        line.call("method", {})
+
+
+def test_who_leaves_fails_its_calls_and_ends_its_thread(world: World) -> None:
+    world.answer = no_answer
+    gone: list[bool] = []
+    line = world.line(on_gone=lambda: gone.append(True))
+    call = Aside(line)
+    until(lambda: world.all_of(messages.Request))
+    line.close()
+    assert isinstance(call.wait(), InstanceError)
+    assert not line.thread.is_alive()
+    assert gone == []
+    line.close()
