@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -59,6 +58,8 @@ async def stream_async(request: Any) -> AsyncIterator[str]:
 
 
 async def stream_paced(request: Any) -> AsyncIterator[str]:
+    import asyncio  # by who serves it: a script of plain handlers has no use for it
+
     for number in range(jobs.TOKENS):
         await asyncio.sleep(jobs.TOKEN_SECONDS)
         yield jobs.token(number)
