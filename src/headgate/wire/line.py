@@ -151,8 +151,8 @@ class Line:
                 began = time.monotonic()
                 with sock:
                     self._serve(sock)
-                if not self._closed and time.monotonic() - began < _LASTING_S:  # it did not last: do not spin
-                    time.sleep(RECONNECT_S)
+                if time.monotonic() - began < _LASTING_S:  # it did not last: do not spin
+                    self._pause()
         finally:
             self._end()
 
@@ -168,8 +168,15 @@ class Line:
                 return None
             except (OSError, ProtocolError):  # the controller is being replaced
                 sock.close()
-                time.sleep(RECONNECT_S)
+                self._pause()
         return None
+
+    def _pause(self) -> None:
+        """Wait before the next try, but not once this was closed."""
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        if not self._closed and poll.poll(RECONNECT_S * 1000):
+            self._take_new()
 
     def _greet(self, sock: socket.socket) -> None:
         sock.settimeout(greeting.TIMEOUT_S)
