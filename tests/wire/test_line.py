@@ -18,6 +18,7 @@ from headgate.core import framing
 from headgate.errors import ArgumentError, ConfigError, ControllerUnavailable, HeadgateError, InstanceError
 from headgate.wire import messages
 from headgate.wire.control import Hub, Peer
+from headgate.wire.greeting import TIMEOUT_S
 from headgate.wire.line import Line
 from headgate.wire.thread import HeadgateThread
 
@@ -293,6 +294,20 @@ def test_whoever_closes_in_the_middle_of_the_handshake_is_dialled_again(short_di
         for _ in range(3):
             listener.accept()[0].close()
         line.close()
+    assert not line.thread.is_alive()
+
+
+def test_who_leaves_does_not_wait_for_a_handshake(short_dir: Path) -> None:
+    path = str(short_dir / "control.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        line = Line(path, TOKEN, HELLO)
+        line.start()
+        with listener.accept()[0]:
+            begun = time.monotonic()
+            line.close()
+            assert time.monotonic() - begun < TIMEOUT_S / 2
     assert not line.thread.is_alive()
 
 

@@ -85,6 +85,7 @@ class Line:
         self._calls: dict[int, _Call] = {}
         self._out = bytearray()
         self._heard = 0  # how often anything was received
+        self._sock: socket.socket | None = None  # the connection, or what is to be one
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -135,6 +136,9 @@ class Line:
         self._on_gone = lambda: None
         self._closed = True
         self._wake()
+        if self._sock is not None:
+            with suppress(OSError):  # a handshake goes on no longer, nor a connection that a fork holds too
+                self._sock.shutdown(socket.SHUT_RDWR)
         if self.thread.is_alive() and threading.current_thread() is not self.thread:
             self.thread.join(_LEAVE_S)
 
@@ -159,7 +163,7 @@ class Line:
     def _connect(self) -> socket.socket | None:
         """An authenticated connection; None when the instance is over, or was left."""
         while not self._closed:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._sock = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 self._greet(sock)
                 return sock
