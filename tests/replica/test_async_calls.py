@@ -68,6 +68,15 @@ async def test_calls_that_wait_have_a_task_each_and_begin_in_order(rig: Rig) -> 
     assert len(set(tasks)) == 40  # the same ones
 
 
+@served(noting)
+async def test_calls_begin_with_the_end_of_the_read_that_brought_them(rig: Rig) -> None:
+    await answers(rig, b"")
+    scheduled: list[int] = []
+    rig.worker.async_calls.go_on = lambda: scheduled.append(1)  # type: ignore[method-assign]
+    assert [status for _, status, _ in await answers(rig, b"", b"", together=True)] == [200, 200]
+    assert not scheduled
+
+
 @served(noting, max_concurrent_queries=1000)
 async def test_no_more_than_a_few_tasks_are_kept(rig: Rig) -> None:
     await answers(rig, *[WAIT] * 400, together=True)

@@ -55,19 +55,26 @@ class AsyncCalls:
         return len(self.runners) > len(self.free)
 
     def add(self, job: Job, method: Method) -> None:
-        """Begin a call in the next turn of the loop."""
+        """Begin a call when the read that brought it ends, or in the next turn of the loop."""
         self.waiting.append((job, method))
-        self.go_on()
+        if not job.link.is_reading:
+            self.go_on()
 
     def go_on(self) -> None:
         """Begin what waits in the next turn of the loop."""
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._loop.call_soon(self._begin)
+            self._loop.call_soon(self._scheduled)
 
-    def _begin(self) -> None:
+    def _scheduled(self) -> None:
         self._is_scheduled = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin what waits, as far as there are free runners; not from within a task."""
         waiting, free = self.waiting, self.free
+        if not waiting:
+            return
         self._is_beginning = True
         try:
             while waiting and free:

@@ -62,6 +62,7 @@ class CallerLink(SharingLink):
     def buffer_updated(self, nbytes: int) -> None:
         with self.worker.lock:
             super().buffer_updated(nbytes)
+        self.worker.async_calls.begin()
 
     def on_frames(self, frames: list[Frame]) -> None:
         self.worker.settle()
@@ -185,7 +186,7 @@ class CallerLink(SharingLink):
         with self.worker.lock:
             self.ended(job)
             if frame and not self.closed:
-                if self.jobs or self._reading:
+                if self.jobs or self.is_reading:
                     self.send(frame)
                 else:
                     self.send_at_once(frame)

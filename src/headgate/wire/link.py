@@ -58,7 +58,7 @@ class Link(asyncio.BufferedProtocol):
         self._view = receive_buffer()
         self._out: list[Any] = []
         self._scheduled = False
-        self._reading = False
+        self.is_reading = False
         self._transport: asyncio.Transport | None = None
         self._raw: socket.socket | None = None
         self._call_soon: Callable[..., object] | None = None
@@ -89,7 +89,7 @@ class Link(asyncio.BufferedProtocol):
         self._out.append(data)
         if len(self._out) >= TOGETHER:
             self.flush()
-        elif not self._scheduled and not self._reading:
+        elif not self._scheduled and not self.is_reading:
             self._scheduled = True
             assert self._call_soon is not None
             self._call_soon(self.flush)
@@ -159,7 +159,7 @@ class Link(asyncio.BufferedProtocol):
         return self._framer.big_buffer() if self._framer.expected else self._view
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._reading = True
+        self.is_reading = True
         try:
             if self._framer.expected:
                 frames = self._framer.big_filled(nbytes)
@@ -174,7 +174,7 @@ class Link(asyncio.BufferedProtocol):
             log.exception("a frame could not be handled; the link is closed")
             self.abort()
         finally:
-            self._reading = False
+            self.is_reading = False
             if self._out:
                 self.flush()
 
