@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import weakref
 from contextvars import ContextVar
 from typing import Any
 
 import pytest
 from replica_rig import Rig, served
+from starlette.background import BackgroundTask
+from starlette.responses import JSONResponse
 
 from headgate.core import framing
 from headgate.replica import async_calls
 
 WAIT = b"wait"
 variable: ContextVar[str] = ContextVar("variable", default="unset")
-tasks: list[str] = []  # by name: an address may be given anew
+tasks: list[Any] = []  # by name: an address may be given anew
 kept: list[Any] = []
 
 
@@ -136,6 +139,9 @@ async def leaves(request: Any) -> Any:
             await asyncio.sleep(0)
         except asyncio.CancelledError:
             pass
+    elif what == b"uncancelled":
+        task.cancel()
+        task.uncancel()
     elif what == b"name":
         task.set_name(f"{task.get_name()} of the call")
     elif what == b"cancels":
@@ -144,7 +150,9 @@ async def leaves(request: Any) -> Any:
 
 
 @pytest.mark.parametrize("when", [b"", b"late "])
-@pytest.mark.parametrize("what", [b"reference", b"weak reference", b"callback", b"name", b"cancelled", b"cancels"])
+@pytest.mark.parametrize(
+    "what", [b"reference", b"weak reference", b"callback", b"name", b"cancelled", b"cancels", b"uncancelled"]
+)
 def test_a_task_that_something_may_be_left_in_makes_no_other_call(when: bytes, what: bytes) -> None:
     @served(leaves)
     async def check(rig: Rig) -> None:
@@ -271,6 +279,77 @@ async def test_what_a_call_held_is_let_go_with_its_end(rig: Rig) -> None:
         await link.end(slot)
         await asyncio.sleep(0.01)
         assert kept.pop()() is None, body
+
+
+async def raises_after_its_answer(request: Any) -> Any:
+    def fail() -> None:
+        raise ValueError("after the answer")
+
+    return JSONResponse(1, background=BackgroundTask(fail if request.data == b"fails" else str))
+
+
+@served(raises_after_its_answer)
+async def test_a_background_task_that_raises_does_not_answer_again(rig: Rig) -> None:
+    link = await rig.link()
+    for slot, body in enumerate((b"fails", b"", b"fails")):
+        link.http(slot, body)
+        await asyncio.sleep(0.01)
+    assert [kind for kind, *_ in link.got] == [framing.REPLY, framing.DATA, framing.END] * 3
+    assert rig.worker.admission.held == 0
+    assert not rig.worker.async_calls.is_busy
+
+
+@served(noting)
+async def test_a_runner_that_is_cancelled_before_it_began_is_forgotten(rig: Rig) -> None:
+    calls = rig.worker.async_calls
+    runner = async_calls.Runner(calls, asyncio.get_running_loop())
+    calls.runners.add(runner)
+    assert calls.is_busy
+    runner.task.cancel()
+    await asyncio.sleep(0.01)
+    assert not calls.is_busy
+    assert [status for _, status, _ in await answers(rig, b"")] == [200]
+
+
+@served(noting)
+async def test_a_task_factory_of_the_users_makes_no_runners(rig: Rig) -> None:
+    made: list[Any] = []
+
+    def factory(loop: Any, coroutine: Any, **options: Any) -> Any:
+        made.append(coroutine)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    asyncio.get_running_loop().set_task_factory(factory)
+    assert [status for _, status, _ in await answers(rig, b"", WAIT, b"")] == [200] * 3
+    assert not made
+
+
+class Ends(BaseException):
+    """What os._exit is here."""
+
+
+async def forks(request: Any) -> Any:
+    tasks.append(request.data)
+    if request.data == b"forks":
+        kept[0].is_fork = True  # as where os.fork() returns in the copy
+        await asyncio.sleep(1.0)
+
+
+@served(forks)
+async def test_a_copy_of_the_process_begins_no_call_while_its_own_waits(rig: Rig) -> None:
+    def end(status: int) -> None:
+        rig.worker.async_calls.waiting.clear()  # nothing goes on in a process that has ended
+        raise Ends
+
+    kept.append(rig.worker)
+    link = await rig.link()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "_exit", end)
+        link.http(0, b"forks")
+        link.http(1)
+        await asyncio.sleep(0.1)
+    rig.worker.is_fork = False
+    assert tasks == [b"forks"]
 
 
 @served(noting, max_concurrent_queries=100)

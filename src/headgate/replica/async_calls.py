@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import types
 from collections import deque
 from contextvars import copy_context
@@ -89,10 +90,11 @@ class AsyncCalls:
     def _settle(self) -> None:
         """Free what the calls of this turn held, together, and have their answers written."""
         answered, self._answered = self._answered, []
+        links = {job.link for job in answered}
         with self.worker.lock:
             for job in answered:
                 self.worker.end(job)
-        for link in {job.link for job in answered}:
+        for link in links:
             link.flush()
 
     async def answer(self, job: Job, method: Method) -> None:
@@ -134,7 +136,10 @@ class Runner:
         self._loop = loop
         self._asyncio_future_blocking = self._is_cancelled = False
         self._wake: Callable[[Runner], None] | None = None
-        self.task: asyncio.Task[None] = loop.create_task(self._run())
+        # asyncio's own, whatever the loop's task factory makes: of others nobody knows what a call leaves in them.
+        self.task: asyncio.Task[None] = asyncio.Task(self._run(), loop=loop)
+        self.task._log_destroy_pending = False  # type: ignore[attr-defined]  # a loop may just close
+        self.task.add_done_callback(self._ended)
 
     def step(self) -> None:
         """Go on with the task, in place of whoever calls: from the loop only, not from within a task."""
@@ -165,14 +170,14 @@ class Runner:
     # --- the task ---
 
     async def _run(self) -> None:
+        await self._make_calls()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         calls = self._calls
-        try:
-            await self._make_calls()
-        finally:
-            calls.runners.discard(self)
-            if calls.waiting:
-                calls.go_on()
-            self._check_drained()
+        calls.runners.discard(self)
+        if calls.waiting:
+            calls.go_on()
+        self._check_drained()
 
     @types.coroutine
     def _make_calls(self) -> Generator[Any, Any, None]:
@@ -184,6 +189,7 @@ class Runner:
             getrefcount(task) == refs
             and getweakrefcount(task) == weak_refs
             and not task.cancelling()
+            and not getattr(task, "_must_cancel", False)
             and _callbacks(task) == callbacks
             and task.get_name() == name
         ):
@@ -203,10 +209,30 @@ class Runner:
             else:
                 if waiting:
                     calls.go_on()
-                yield from _finish(call, run, awaited)
+                yield from self._finish(call, run, awaited)
                 del awaited
             job.task = None
             del job, method, call, run  # what a call held must not live until the next one
+
+    def _finish(
+        self, call: Coroutine[Any, Any, None], run: Callable[..., Any], awaited: Any
+    ) -> Generator[Any, Any, None]:
+        """Go on with a call that waits, as a task would, until it ends."""
+        worker = self._calls.worker
+        thrown: BaseException | None = None
+        while True:
+            if worker.is_fork:  # user code forked, and waits in the copy too
+                os._exit(0)
+            try:
+                value = yield awaited
+            except BaseException as error:  # noqa: BLE001 - goes to the call
+                thrown = error
+            try:
+                awaited = run(call.send, value) if thrown is None else run(call.throw, thrown)
+            except StopIteration:
+                return
+            finally:
+                thrown = None  # its traceback has this frame, and the call's
 
     def _be_free(self) -> Generator[Runner, None, None]:
         self._calls.free.append(self)
@@ -220,25 +246,7 @@ class Runner:
         if self._calls.worker.draining:
             self._calls.worker.check_drained()
 
+def _callbacks(task: Any) -> int:
+    """How many are told of the task's end; asyncio has no other way to ask."""
+    return len(getattr(task, "_callbacks", None) or ())
 
-def _callbacks(task: Any) -> object:
-    """Who is told of the task's end; asyncio has no other way to ask."""
-    return getattr(task, "_callbacks", None)
-
-
-def _finish(
-    call: Coroutine[Any, Any, None], run: Callable[..., Any], awaited: Any
-) -> Generator[Any, Any, None]:
-    """Go on with a call that waits, as a task would, until it ends."""
-    thrown: BaseException | None = None
-    while True:
-        try:
-            value = yield awaited
-        except BaseException as error:  # noqa: BLE001 - goes to the call
-            thrown = error
-        try:
-            awaited = run(call.send, value) if thrown is None else run(call.throw, thrown)
-        except StopIteration:
-            return
-        finally:
-            thrown = None  # its traceback has this frame, and the call's

@@ -94,11 +94,16 @@ class Outcomes:
         if job.cancelled:  # while the handler ran: nothing of an answer that may be endless is begun
             raise asyncio.CancelledError
         flow = TaskFlow(self._worker, job)
-        if isinstance(encoded, Asgi):
-            await flow.run_response(encoded.response, request)
-        else:
-            assert isinstance(encoded.items, AsyncGenerator)
-            await flow.run_generator(encoded.items)
+        try:
+            if isinstance(encoded, Asgi):
+                await flow.run_response(encoded.response, request)
+            else:
+                assert isinstance(encoded.items, AsyncGenerator)
+                await flow.run_generator(encoded.items)
+        except BaseException as error:
+            if job.link.jobs.get(job.slot) is job:
+                raise
+            self.failure(job, error)  # logs it: a background task may raise after its request has been answered
 
     def _start_collecting(self, job: Job, items: AsyncGenerator[Any, Any]) -> None:
         job.task = self._worker.start_task(self._collect(job, items))
