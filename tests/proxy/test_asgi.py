@@ -205,3 +205,23 @@ def test_head_gets_no_body_from_a_middleware_that_streams() -> None:
         assert wire.output.endswith(b"3\r\nabc\r\n0\r\n\r\n")
 
     run(test)
+
+
+def test_nothing_is_written_after_a_head_that_cannot_be() -> None:
+    """A body must not pass for an answer of its own."""
+
+    async def splits(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"x-a", b"a\x01b"), (b"content-length", b"90")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"HTTP/1.1 200 OK\r\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"not asked for", "more_body": False})
+
+    async def test() -> None:
+        wire = wired(Middleware(lambda app: splits))
+        wire.receive(get())
+        await settle()
+        assert wire.transport.output.startswith(b"HTTP/1.1 500 ")
+        assert b"200 OK" not in wire.transport.output
+        assert b"not asked for" not in wire.transport.output
+
+    run(test)

@@ -10,6 +10,8 @@ import pytest
 from fakes import Wire, get
 
 from headgate.core import framing
+from headgate.core.http11 import RUNNING
+from headgate.core.replies import OWN_HEADERS
 
 BODY = bytes(range(256)) * 4000
 
@@ -119,3 +121,19 @@ def test_under_tls_a_client_that_goes_in_the_middle_frees_the_memory(slow: Wire)
     memory = lend(slow)
     slow.connection.connection_lost(None)
     assert is_free(memory)
+
+
+def test_a_head_that_cannot_be_written_does_not_cancel_the_next_request(wire: Wire) -> None:
+    order: list[str] = []
+    submit, cancel = wire.router.submit, wire.router.cancel
+    wire.router.submit = lambda *given: (order.append("submit"), submit(*given))[1]  # type: ignore[func-returns-value,method-assign]
+    wire.router.cancel = lambda caller: (order.append("cancel"), cancel(caller))[1]  # type: ignore[func-returns-value,method-assign]
+    wire.receive(get() * 2)
+    block = b"x-a: a\x01b\r\n"
+    answer = memoryview(block + BODY)
+    wire.router.callers[-1].on_reply(
+        200 | OWN_HEADERS << 16, framing.SEGMENT | framing.HEAD, len(block), answer, 0, len(answer)
+    )
+    assert order in (["submit", "submit"], ["submit", "cancel", "submit"])
+    assert wire.transport.output.startswith(b"HTTP/1.1 500 ")
+    assert wire.connection.state == RUNNING

@@ -208,8 +208,10 @@ class Answering(Caller):
         """Begin an answer of `length` bytes, or of nobody knows how many. False: no part is wanted."""
         if self.closed:
             return False
-        if not self._begin(status, block, length):
-            self.abandon()
+        refusal = self._begin(status, block, length)
+        if refusal is not None:
+            self.abandon()  # first: after the answer this may be another request's
+            self.answer(refusal)
             return False
         if not has_body(status, self.method):
             self.abandon()
@@ -223,11 +225,16 @@ class Answering(Caller):
 
     def bare(self, status: int, block: bytes, length: int | None) -> None:
         """Answer without a body, but with the head that it would have had."""
-        if not self.closed and self._begin(status, block, length):
+        if self.closed:
+            return
+        refusal = self._begin(status, block, length)
+        if refusal is not None:
+            self.answer(refusal)
+        else:
             self.answered()
 
-    def _begin(self, status: int, block: bytes, length: int | None) -> bool:
-        """Write a head; False if it cannot be, then 500 was answered."""
+    def _begin(self, status: int, block: bytes, length: int | None) -> admin.Local | None:
+        """Write a head; what is to be answered instead if that cannot be."""
         if length is None and self.http10:
             self.last = True
         size = CHUNKED if length is None else length
@@ -236,10 +243,9 @@ class Answering(Caller):
                 status, block, size, self.request_id, self.server.date, self.last, self.http10
             )
         except ConfigError as error:
-            self.answer(admin.error(500, str(error)))
-            return False
+            return admin.error(500, str(error))
         self.transport.write(head)
-        return True
+        return None
 
     def part(self, data: bytes | memoryview) -> None:
         """A part of the body."""

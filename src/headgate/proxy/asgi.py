@@ -175,7 +175,9 @@ class Exchange:
                 self._finish()
                 connection.bare(start["status"], block, length if length is not None or more else len(body))
                 return
-            connection.start(start["status"], block, length)
+            if not connection.start(start["status"], block, length):
+                self._finish()
+                return
         connection.part(body)
         if not more:
             self._finish()

@@ -142,7 +142,7 @@ def _is_ordered(result: object) -> bool:
 
 # -- Starlette's responses ------------------------------------------------------------------------
 
-_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++: [^\r\n\0]*+\r\n)*+").fullmatch
+_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++: [\t -~\x80-\xff]*+\r\n)*+").fullmatch
 #: The proxy alone decides how a body is framed.
 _FRAMING = (b"content-length", b"transfer-encoding")
 
@@ -172,7 +172,8 @@ def header_block(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         bad = next(line for line in lines if line.count(b"\r\n") != 1 or _LINES(line) is None)
         name = bad.partition(b":")[0]
         raise SerializationError(
-            f"the response header {name!r} holds CR, LF, NUL or a bad name and would break out of its line"
+            f"the response header {name!r} has a bad name, or holds CR, LF, NUL or another control "
+            "character; encode it"
         )
     return block
 
