@@ -13,7 +13,8 @@ from typing import Any
 import leftovers
 import pytest
 
-from headgate.core.lending import MOST_BYTES, SMALLEST_BYTES, lends_answer
+from headgate.core.lending import MOST_BYTES, SMALLEST_ANSWER_BYTES, SMALLEST_BYTES, lends_answer
+from headgate.core.spares import MOST
 from headgate.errors import ProtocolError
 from headgate.wire import segments
 from headgate.wire.borrowed import NAME, PLACE, Readings, borrow, place_of
@@ -498,3 +499,24 @@ def test_a_segment_that_was_forgotten_is_closed(store: Store) -> None:
     written(store, A)
     gc.collect()
     assert not held()
+
+
+def test_no_more_is_lent_to_slow_readers_than_is_said() -> None:
+    later: list[Any] = []
+    store = Store(lambda seconds, function: later.append(function), lambda: 0.0, lends_answer, MOST)
+    lent, read = Lent(), []
+    for body, most in ((bytes(SMALLEST_ANSWER_BYTES), MOST), (bytes(4 << 20), MOST_BYTES >> 22)):
+        for _ in range(most):
+            segment = store.write((body,))
+            assert segment is not None
+            lent.add(segment)  # somebody reads it
+            segment.end()  # and its request is over
+            read.append(segment)
+        assert store.write((body,)) is None
+        for segment in read:
+            lent.back(segment.inode)
+        read.clear()
+        kept = store.write((body,))
+        assert kept is not None
+        kept.end()
+    store.close()

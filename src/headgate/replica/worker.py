@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from headgate.core import framing, lending
+from headgate.core import framing, lending, spares
 from headgate.core.admission import Admission
 from headgate.core.state import Settings
 from headgate.errors import HeadgateError
@@ -90,7 +90,7 @@ class Worker:
         self._background: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self.segments = Store(self._later, self._loop.time)
-        self.answers = Store(self._later, self._loop.time, lending.lends_answer)
+        self.answers = Store(self._later, self._loop.time, lending.lends_answer, spares.MOST)
         self._drained_told = False
         plain.connect(self._wake, self.finish)
 

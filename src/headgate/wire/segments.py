@@ -124,14 +124,22 @@ class Store:
             the loop has ended
     clock   the loop's
     lends   whether something is to be lent, of core/lending.py
+    most_lent   so many may be read at a time after their requests; what is beyond is not used again
 
     Its methods may be called on any thread.
     """
 
-    def __init__(self, later: Later, clock: Callable[[], float], lends: Lends = lending.lends_value) -> None:
+    def __init__(
+        self,
+        later: Later,
+        clock: Callable[[], float],
+        lends: Lends = lending.lends_value,
+        most_lent: int = MOST_LENT,
+    ) -> None:
         self._later = later
         self._clock = clock
         self._lends = lends
+        self._most_lent = most_lent
         self._lock = threading.Lock()
         self._spares = spares.Spares(KEPT_BYTES, IDLE_S)
         self._free: dict[int, Segment] = {}  # inode -> one that nobody uses
@@ -156,13 +164,15 @@ class Store:
                 capacity = spares.capacity(size)
                 segment = Segment(self, make_memory(NAME, capacity), capacity)
             segment.fill(parts, size)
-        except OSError:  # no descriptor or no memory is left
+        except BaseException as error:
             with self._lock:
                 self._out -= 1
                 self._out_bytes -= size
             if segment is not None:
                 segment.close()
-            return None
+            if not isinstance(error, OSError):
+                raise
+            return None  # no descriptor or no memory is left
         segment.is_out = segment.is_needed = True
         return segment
 
@@ -183,7 +193,7 @@ class Store:
         """Its request is over; whoever reads it may do so for as long as it likes."""
         with self._lock:
             segment.is_needed = False
-            segment.is_spoiled |= segment.readers > 0 and len(self._lent) >= MOST_LENT
+            segment.is_spoiled |= segment.readers > 0 and len(self._lent) >= self._most_lent
             closing = self._settle(segment)
         self._close(closing)
 
@@ -210,7 +220,7 @@ class Store:
         if segment.readers and not (segment.is_spoiled or self._closed):
             self._lent.add(segment)
             return []
-        if segment.is_out:
+        if segment.is_out and not segment.readers:
             segment.is_out = False
             self._out -= 1
             self._out_bytes -= segment.size
