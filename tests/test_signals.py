@@ -260,3 +260,13 @@ def test_a_signal_in_any_line_of_a_wait_ends_the_wait(monkeypatch: pytest.Monkey
             sys.settrace(None)
     assert hits >= 4
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_second_instance_counts_though_sigterm_is_held_while_it_starts() -> None:
+    assert signals.catch_sigterm()
+    with signals.Held():
+        assert signals.catch_sigterm()
+    signals.release_sigterm()
+    assert signal.getsignal(signal.SIGTERM) is signals._exit
+    signals.release_sigterm()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

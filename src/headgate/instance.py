@@ -35,7 +35,7 @@ _FIRST_SNAPSHOT_S = 10.0
 #: Of this process; asked in each call, which a system call would make longer.
 _pid = os.getpid()
 _joined: WeakValueDictionary[str, Instance] = WeakValueDictionary()
-_join_lock = threading.Lock()
+_join_lock = threading.RLock()  # a client may be collected, and leave, while its thread holds it
 
 
 def _note_pid() -> None:

@@ -61,7 +61,10 @@ def catch_sigterm() -> bool:
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit)
         _users = 0
-    if signal.getsignal(signal.SIGTERM) is not _exit:
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(held := getattr(handler, "__self__", None), Held):
+        handler = held.handler(signal.SIGTERM)
+    if handler is not _exit:
         return False
     _users += 1
     return True
@@ -122,6 +125,10 @@ class Held:
             self._before[number](number, frame)
         else:
             self._noted.append(number)
+
+    def handler(self, number: int) -> Callable[[int, FrameType | None], Any] | None:
+        """The handler that waits; None if none does."""
+        return self._before.get(number)
 
     def let(self) -> _Let:
         """A block inside the block in which handlers are called at once; those that waited first."""

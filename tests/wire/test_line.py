@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -336,3 +337,58 @@ def test_who_leaves_fails_its_calls_and_ends_its_thread(world: World) -> None:
     assert not line.thread.is_alive()
     assert gone == []
     line.close()
+
+
+# --- what must not end it ---
+
+
+def test_a_descriptor_that_is_missing_once_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = world.line()
+    line.call("method", {})  # the controller knows it
+    missing = [1]
+
+    class Sockets:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(socket, name)
+
+        def socket(self, *given: Any) -> socket.socket:
+            if missing:
+                missing.pop()
+                raise OSError(errno.EMFILE, "too many open files")
+            return socket.socket(*given)
+
+    monkeypatch.setattr("headgate.wire.line.socket", Sockets())
+    world.restart(echo)
+    until(lambda: not missing)
+    assert line.call("method", {}) == {}
+    assert not line.gone
+
+
+def test_arguments_beyond_a_frame_are_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headgate.wire.calling.MOST_BYTES", 1000)
+    line = world.line()
+    with pytest.raises(ArgumentError, match=r"^create: its arguments take 2\d{3} bytes, and 1000 can be sent"):
+        line.call("create", {"code": bytes(2000)})
+
+
+def test_a_controller_that_only_ever_hangs_up_gives_no_sign_of_life(world: World) -> None:
+    def hang_up(request: messages.Request) -> None:
+        world.thread.loop.call_soon(lambda: [peer.close() for peer in list(world.hub.peers)])
+
+    world.answer = hang_up
+    line = world.line(silence_s=0.5)
+    with pytest.raises(ControllerUnavailable, match=r"^method: the controller gave no sign of life"):
+        line.call("method", {}, PATIENCE_S)
+    assert len(world.all_of(messages.Request)) > 2
+
+
+def test_what_was_given_up_before_it_could_be_sent_is_not_sent(world: World) -> None:
+    line = world.line()
+    line.call("method", {})
+    world.do(world.hub.close)
+    time.sleep(0.1)  # now the next handshake waits
+    with pytest.raises(TimeoutError):
+        line.call("create", {}, 0.2)
+    world.start_controller()
+    assert line.call("method", {}) == {}
+    assert [request.method for request in world.all_of(messages.Request)] == ["method", "method"]

@@ -10,9 +10,12 @@ from typing import Any
 import msgspec
 
 from headgate import errors
+from headgate.core.framing import MAX_FRAME_BYTES
 from headgate.errors import ArgumentError, ControllerUnavailable
 from headgate.wire import messages
 
+#: What the arguments of one call may take.
+MOST_BYTES = MAX_FRAME_BYTES - 4096
 SILENCE_S = 5.0
 #: Silence is counted in ticks, so that a process that was held up itself blames nobody.
 TICK_S = 0.25
@@ -30,10 +33,15 @@ OVER = (
 def request(number: int, caller: str, method: str, params: dict[str, Any]) -> messages.Request:
     """The call of that number by `caller`, a name for ever its own; ArgumentError if a parameter cannot travel."""
     try:
-        packed = msgspec.Raw(msgspec.msgpack.encode(params))
+        packed = msgspec.msgpack.encode(params)
     except (TypeError, OverflowError, UnicodeEncodeError) as error:
         raise ArgumentError(f"{method}: an argument cannot be sent to the controller: {error}") from None
-    return messages.Request(number, f"{caller}-{number}", method, packed)
+    if len(packed) > MOST_BYTES:
+        raise ArgumentError(
+            f"{method}: its arguments take {len(packed)} bytes, and {MOST_BYTES} can be sent to the controller; "
+            "load what is large where it is used, in the constructor for instance"
+        )
+    return messages.Request(number, f"{caller}-{number}", method, msgspec.Raw(packed))
 
 
 def error_of(response: messages.Response) -> Exception | None:

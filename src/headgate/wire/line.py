@@ -163,17 +163,22 @@ class Line:
     def _connect(self) -> socket.socket | None:
         """An authenticated connection; None when the instance is over, or was left."""
         while not self._closed:
-            self._sock = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                self._greet(sock)
-                return sock
+                return self._dial()
             except (ConnectionRefusedError, FileNotFoundError):
-                sock.close()
                 return None
-            except (OSError, ProtocolError):  # the controller is being replaced
-                sock.close()
+            except (OSError, ProtocolError):  # the controller is being replaced, or no descriptor is left
                 self._pause()
         return None
+
+    def _dial(self) -> socket.socket:
+        self._sock = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._greet(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def _pause(self) -> None:
         """Wait before the next try, but not once this was closed."""
@@ -225,17 +230,23 @@ class Line:
             self._woken.recv(_READ_BYTES)
         while self._new:
             call = self._new.popleft()
+            if call.given_up:
+                continue
             self._calls[call.request.id] = call
             self._out += messages.framed(call.request)
 
     def _send(self, sock: socket.socket) -> None:
-        with suppress(BlockingIOError):
+        try:
             del self._out[: sock.send(self._out)]
+        except BlockingIOError:
+            pass
+        except OSError:  # the connection has ended: what it has brought is read first
+            self._out.clear()
 
     def _receive(self, sock: socket.socket, framer: framing.Framer) -> bool:
         """Take what has come; False if that was the end."""
         data = sock.recv(_READ_BYTES)
-        self._heard += 1
+        self._heard += bool(data)
         try:
             for kind, _, _, _, _, source, start, end in framer.feed(data):
                 if kind != framing.CONTROL:
