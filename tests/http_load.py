@@ -255,9 +255,12 @@ class Load:
             await kept.send(path)
             if self._is_usable(kept):
                 return kept
-        connection = await self._connect()
-        await connection.send(path)
-        return connection
+        while True:
+            connection = await self._connect()
+            if not connection.is_over:  # else a server that stops has closed it before anything was asked
+                await connection.send(path)
+                return connection
+            connection.reset()
 
     def _kept(self) -> Connection | None:
         """A connection to use again; those that the server has closed are no use."""
