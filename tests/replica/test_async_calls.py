@@ -282,10 +282,11 @@ async def test_what_a_call_held_is_let_go_with_its_end(rig: Rig) -> None:
 
 
 async def raises_after_its_answer(request: Any) -> Any:
-    def fail() -> None:
-        raise ValueError("after the answer")
+    async def after(error: Exception | None) -> None:
+        if error is not None:
+            raise error
 
-    return JSONResponse(1, background=BackgroundTask(fail if request.data == b"fails" else str))
+    return JSONResponse(1, background=BackgroundTask(after, ValueError("late") if request.data == b"fails" else None))
 
 
 @served(raises_after_its_answer)
