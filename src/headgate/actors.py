@@ -89,7 +89,6 @@ class AgentActor:
 
     def __init__(self, origin: bytes) -> None:
         self._origin = ray_records.unpack_origin(origin)
-        self._lock = threading.Lock()
         _begin(self._origin, "agent")
         self._node = Node(self._origin, cluster.node_id(), cluster.node_address())
         self._raylet = raylet.raylet_pid()
@@ -98,11 +97,7 @@ class AgentActor:
 
     async def open(self, port: int, meeting: bytes) -> str:
         """Have the supervisor run, with a listener on `port`: the URL of the proxy to be."""
-        return await asyncio.to_thread(self._open, port, ray_records.unpack_meeting(meeting))
-
-    def _open(self, port: int, meeting: ray_records.Meeting) -> str:
-        with self._lock:
-            return self._node.open(port, meeting, self._raylet)
+        return await asyncio.to_thread(self._node.open, port, ray_records.unpack_meeting(meeting), self._raylet)
 
     async def follow(self, meeting: bytes) -> None:
         """The controller listens elsewhere now."""
@@ -113,23 +108,19 @@ class AgentActor:
         with contextlib.suppress(OSError):
             meeting = ray_records.Records(self._origin.scope).meeting()
             if meeting is not None:
-                self._node.follow(meeting)
+                self._node.catch_up(meeting)
 
     async def end(self) -> None:
         """End the supervisor and its processes."""
-        await asyncio.to_thread(self._end)
+        await asyncio.to_thread(self._node.end)
 
     async def forever(self) -> None:
         """Never returns: whoever calls it hears of this actor's end."""
         await asyncio.get_running_loop().create_future()
 
-    def _end(self) -> None:
-        with self._lock:
-            self._node.end()
-
     def _over(self) -> None:
         def end() -> None:
-            self._end()
+            self._node.end()
             _forget(self._origin)
             cluster.kill_me(self._origin.scope, ray_agents.name_of(cluster.node_id()))
 

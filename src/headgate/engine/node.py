@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ _LOOK_S = 0.02
 
 
 class Node:
-    """The supervisor of one instance on this node.
+    """The supervisor of one instance on this node. Any thread may call; one does its work at a time.
 
     node      id of this node
     address   of this node in the cluster
@@ -44,6 +45,8 @@ class Node:
         self._address = address
         name = hashlib.sha256(f"{origin.scope}/{node}".encode()).hexdigest()[:8]
         self._path = os.path.join(directory.base(), name)
+        self._follows = False
+        self._turn = threading.RLock()
 
     @property
     def runs(self) -> bool:
@@ -57,25 +60,35 @@ class Node:
 
         Raises InstanceError that names host:port, and leaves nothing then.
         """
-        if not self.runs:
-            self._start(port, meeting, raylet)
-        self.follow(meeting)
-        found = directory.read_address(self._path)
+        with self._turn:
+            if not self.runs:
+                self._start(port, meeting, raylet)
+            self.follow(meeting)
+            found = directory.read_address(self._path)
         assert found is not None
         return found
 
     def follow(self, meeting: Meeting) -> None:
         """The controller listens there from now on."""
-        if self.runs:
-            home.write_controller(self._path, meeting.unix, meeting.tcp, meeting.node)
+        with self._turn:
+            if self.runs:
+                home.write_controller(self._path, meeting.unix, meeting.tcp, meeting.node)
+                self._follows = True
+
+    def catch_up(self, meeting: Meeting) -> None:
+        """As `follow`, with what was stored; what somebody said meanwhile is newer."""
+        with self._turn:
+            if not self._follows:
+                self.follow(meeting)
 
     def end(self) -> None:
         """End the supervisor and all its processes; returns when they are gone."""
-        if self.runs:
-            home.write_controller(self._path, "", "", "")
-            give_up = time.monotonic() + _END_S
-            while self.runs and time.monotonic() < give_up:
-                time.sleep(_LOOK_S)
+        with self._turn:
+            if self.runs:
+                home.write_controller(self._path, "", "", "")
+                give_up = time.monotonic() + _END_S
+                while self.runs and time.monotonic() < give_up:
+                    time.sleep(_LOOK_S)
         directory.sweep(os.path.dirname(self._path))
 
     def _start(self, port: int, meeting: Meeting, raylet: int) -> None:

@@ -120,7 +120,7 @@ class Agents:
     async def _open_at(self, node: str, meeting: Meeting) -> None:
         try:
             actor = await cluster.apart(
-                cluster.start_agent, pack(self._origin), self._origin.scope, name_of(node), node
+                cluster.start_agent, pack(self._origin), self._origin.scope, name_of(node), node, timeout_s=OPEN_S
             )
             answer = actor.open.remote(self._port, pack(meeting))
             self._http[node] = url = await cluster.ask(answer, OPEN_S)
@@ -128,8 +128,10 @@ class Agents:
             if not self._port:
                 self._port = int(url.rpartition(":")[2])
                 await cluster.apart(self._records.put, _PORT, str(self._port).encode())
-        except (TimeoutError, OSError):
+        except TimeoutError:
             raise InstanceError(f"node {node[:8]} did not start its supervisor in time; try again") from None
+        except OSError as error:
+            raise InstanceError(f"node {node[:8]} could not start its supervisor: {error}") from error
 
     def address(self, node: str) -> str | None:
         """The URL of the proxy on that node."""
