@@ -75,7 +75,7 @@ class Answering(Caller):
     __slots__ = (
         *_OF_CALLERS,
         "_chunked", "_left", "_lent", "_owed", "closed", "http10", "last", "lingers", "method", "paused", "request_id",
-        "server", "started", "transport",
+        "server", "started", "transport", "untidy", "unusual",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -90,6 +90,8 @@ class Answering(Caller):
         self.request_id = b""
         self.method = "GET"
         self.http10 = False
+        self.unusual = False  # its answers have no body, or are framed in the way of HTTP/1.0
+        self.untidy = False  # it holds more than its head and meta
         self.last = False  # the connection ends after this answer
         self.lingers = False  # and the client may still be sending
         # its answer, if in parts
@@ -119,7 +121,7 @@ class Answering(Caller):
 
     def on_reply(self, arg: int, flags: int, meta_len: int, source: Source, start: int, end: int) -> None:
         size = end - start
-        if flags or arg & 0xFFFF != 200 or self.method == "HEAD" or size > _JOIN_BYTES or self.last or self.http10:
+        if flags or arg & 0xFFFF != 200 or size > _JOIN_BYTES or self.last or self.unusual:
             at = start + meta_len
             block = bytes(source[start:at]) if flags & framing.HEAD else None
             body = memoryview(source)[at:end]
@@ -217,7 +219,7 @@ class Answering(Caller):
             self.abandon()
             self.answered()
             return False
-        self.started = True
+        self.started = self.untidy = True
         self._chunked = length is None and not self.http10
         self._left = -1 if length is None else length
         self._owed = 0

@@ -61,11 +61,11 @@ class Connection(Intake, asyncio.BufferedProtocol):
             self.refuse(Reject(503, f"{limit} connections are open already (max_connections)"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        buffer = self._filling
+        buffer, server = self._filling, self.server
         if buffer is None:  # of a large body little is to come with its head: what does is copied to its place
-            buffer = self.server.view if self.state == BODY else self.server.head_view
+            buffer = server.view if self.state == BODY else server.head_view
         # A connection is paused only after it has read: with no room left none may read much.
-        return buffer[:_LITTLE_BYTES] if self.server.budget.full else buffer
+        return buffer[:_LITTLE_BYTES] if server.budget.full else buffer
 
     def eof_received(self) -> bool:
         self._leave()
@@ -92,7 +92,7 @@ class Connection(Intake, asyncio.BufferedProtocol):
         self.since = self.server.now
         self.body = b""
         self.deadline = _NEVER
-        if self._untidy or self.started or self.tries:
+        if self.untidy:
             self._clear()
         if self.last:
             self._end()
@@ -101,8 +101,8 @@ class Connection(Intake, asyncio.BufferedProtocol):
 
     def _clear(self) -> None:
         """Let go of what the request held."""
-        self.started = self.answering = self.ran_twice = self._untidy = False
-        self.tries = self.flags = 0
+        self.started = self.untidy = False
+        self.flags = 0
         self._special = self.exchange = self._incoming = self._filling = None
         self._lent = NOTHING
         self.server.budget.release(self)

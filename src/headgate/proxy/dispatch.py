@@ -28,7 +28,7 @@ class Dispatching(Answering):
     """One connection's way to the router."""
 
     __slots__ = (
-        "_after_id", "_routed", "_routed_by", "_special", "_tail", "_target", "_untidy", "client", "exchange", "facts",
+        "_after_id", "_routed", "_routed_by", "_special", "_tail", "_target", "client", "exchange", "facts",
         "local", "since", "state", "upload",
     )  # fmt: skip
 
@@ -47,13 +47,12 @@ class Dispatching(Answering):
         self._after_id = b""  # with `_tail`
         self._routed = b""  # endpoint, template and parameters, as a request's meta has them
         self._special: fields.Fields | None = None
-        self._untidy = False  # the request holds more than its head and meta
 
     def _look_closer(self, raw: bytes, head: Head) -> None:
         target = head.raw_path + (b"?" + head.query if head.query else b"")
         odd = not raw.startswith((target + b" ", target + b"? "), len(head.method) + 1)
         is_trusted = self.server.is_trusted
-        self._untidy = True
+        self.untidy = True
         self._special = special = fields.read(raw, odd, is_trusted(self.client[0]), is_trusted)
         self.head = special.head
         if special.request_id is not None:
@@ -70,11 +69,11 @@ class Dispatching(Answering):
         named = self._special and self._special.client
         return (named, 0) if named else self.client
 
-    def _dispatch(self, head: Head) -> None:
+    def _dispatch(self) -> None:
         """The request is complete: send it on its way."""
         self.state = RUNNING
         server = self.server
-        if self._routed_by is not server.snapshot and not self._route(head):
+        if self._routed_by is not server.snapshot and not self._route():
             return
         special = self._special
         if special is None:
@@ -92,11 +91,12 @@ class Dispatching(Answering):
         else:
             self._submit_upload(self.upload, self._target, key)
 
-    def _route(self, head: Head) -> bool:
+    def _route(self) -> bool:
         """Find the endpoint; False if none serves the request, or middlewares do it: then it is under way."""
-        server = self.server
+        server, head = self.server, self.facts
+        assert head is not None
         if server.app is not None:
-            self._untidy = True
+            self.untidy = True
             self.exchange = server.app.serve(self, head)
             return False
         outcome = server.table.match(head.path, head.method)

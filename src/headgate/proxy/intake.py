@@ -39,12 +39,13 @@ _EMPTY_LINE = (b"\r", b"\r\n")
 class Intake(Dispatching):
     """One connection's requests."""
 
-    __slots__ = ("_body_follows", "_busy", "_filling", "_incoming", "_known", "_rest", "_unread")
+    __slots__ = ("_again", "_body_follows", "_busy", "_filling", "_incoming", "_known", "_rest", "_unread")
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
         # The newest head, so that the same one again is not judged twice.
         self._known = b""  # empty if it has to be looked at closer each time
+        self._again = b""  # `_known`, if it is all of a request
         self._body_follows = False
         self._incoming: Collected | Placed | Chunked | None = None
         self._filling: memoryview | None = None
@@ -66,9 +67,11 @@ class Intake(Dispatching):
             if self._filling is not None:
                 self._fill(nbytes)
                 return
-            data = self.server.view[:nbytes].tobytes()
-            if data == self._known and self.state == IDLE and not (self._body_follows or self._rest or self.paused):
-                self._send_again()
+            server = self.server
+            data = server.memory[:nbytes]
+            if data == self._again and self.state == IDLE and not (self._rest or self.paused):
+                self.request_id = server.new_id()
+                self._dispatch()
                 return
             if self._rest:
                 data, self._rest = self._rest + data, b""
@@ -76,14 +79,6 @@ class Intake(Dispatching):
         except Exception:
             log.exception("a connection failed")
             self.abort()
-
-    def _send_again(self) -> None:
-        """A request came that is the same as the newest, and nothing else."""
-        head, server = self.facts, self.server
-        assert head is not None
-        self.request_id = server.new_id()
-        self.last = server.leaving or not head.keep_alive
-        self._dispatch(head)
 
     def _take(self, data: bytes) -> None:
         """Look at what was received, until a request runs or more is needed."""
@@ -155,10 +150,10 @@ class Intake(Dispatching):
             self.body = data[end : end + size]  # most bodies
             end += size
             if size > _SMALL_BYTES:
-                self._untidy = True
+                self.untidy = True
                 server.budget.add(self, size)
                 server.budget.complete(self)
-        self._dispatch(head)
+        self._dispatch()
         return data[end:]
 
     def _judge(self, data: bytes) -> int:
@@ -177,10 +172,12 @@ class Intake(Dispatching):
             return 0
         self.method = head.method
         self.http10 = head.http10
+        self.unusual = head.http10 or head.method == "HEAD"
         self.head = raw
         self.facts = head
         self._body_follows = head.chunked or head.content_length > 0
         self._known = b"" if head.special else raw
+        self._again = b"" if self._body_follows else self._known
         self._routed_by = None
         return end
 
@@ -200,7 +197,7 @@ class Intake(Dispatching):
             self.answer(refusal)
             return b""
         self.state, self.since = BODY, server.now
-        self._untidy = True
+        self.untidy = True
         if head.expect_continue and not data:
             self.transport.write(CONTINUE)
         if head.chunked:
@@ -231,11 +228,10 @@ class Intake(Dispatching):
     def _placed(self, count: int) -> None:
         incoming, server = self._incoming, self.server
         assert incoming is not None
-        assert self.facts is not None
         self._filling = incoming.filling
         self.since = http11.progressed(self.since, server.now, count)
         server.budget.add(self, count)
         if incoming.done:
             self.body = incoming.body
             server.budget.complete(self)
-            self._dispatch(self.facts)
+            self._dispatch()

@@ -90,6 +90,7 @@ class Server:
         self.budget = Budget(options.max_buffered_bytes)
         self.second_opinion = SecondOpinion()
         self.view = receive_buffer()
+        self.memory: Any = self.view.obj  # the same, whose slices are bytes
         self.head_view = self.view[:_HEAD_BYTES]
         self.table = RouteTable(())
         self._routes: list[tuple[str, str, tuple[str, ...]]] = []
