@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import time
+import timeit
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,26 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
+def yardstick_us() -> float:
+    """CPU time of a fixed piece of pure Python, the best of many: how fast interpreter and machine are just now."""
+
+    class Point:
+        __slots__ = ("x", "y")
+
+        def __init__(self, x: int, y: int) -> None:
+            self.x, self.y = x, y
+
+        def sum(self) -> int:
+            return self.x + self.y
+
+    def work() -> tuple[bytes, int]:
+        texts = {number: (number, str(number)) for number in range(1000)}
+        total = sum(Point(number, number).sum() for number in texts)
+        return b"".join(text.encode() for _, text in texts.values()), total
+
+    return round(min(timeit.repeat(work, timer=time.process_time, number=20, repeat=20)) / 20 * 1e6, 0)
+
+
 def machine() -> dict[str, Any]:
     """What its figures depend on; no names of it or its user."""
     text = Path("/proc/cpuinfo").read_text()
@@ -134,6 +155,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(int(memory) / 2**20, 1),
         "kernel": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
+        "yardstick_us": yardstick_us(),
         "load_before": round(os.getloadavg()[0], 2),
         "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }

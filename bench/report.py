@@ -174,14 +174,18 @@ def targets_table(record: Record, *, only_measured: bool = False) -> str:
 
 def machine_table(record: Record) -> str:
     """A line per run, and the runs' options."""
-    names = ["at", "cpu", "cores", "memory_gib", "kernel", "python", "load_before"]
+    names = ["at", "cpu", "cores", "memory_gib", "kernel", "python", "yardstick_us", "load_before"]
     rows = [
         [*(str(run["machine"].get(name, "")) for name in names), f"{run['rounds']} × {run['seconds']} s", run["code"]]
         for run in record.data["runs"].values()
     ]
     return table(
-        ["run", "processor", "cores", "GiB", "Linux", "Python", "load before", "rounds", "headgate's sources"], rows
-    )
+        [
+            "run", "processor", "cores", "GiB", "Linux", "Python", "yardstick µs", "load before", "rounds",
+            "headgate's sources",
+        ],
+        rows,
+    )  # fmt: skip
 
 
 def peers_table(record: Record) -> str:
