@@ -300,6 +300,19 @@ def test_a_value_of_many_parts_is_whole_and_in_order_also_in_memory_that_was_use
         gc.collect()
 
 
+@pytest.mark.parametrize("said", [0, 3, 2 * SIZE])
+def test_a_value_is_as_long_as_its_memory_whatever_its_class_says(store: Store, said: int) -> None:
+    class Odd(bytes):
+        def __len__(self) -> int:
+            return said
+
+    fresh = written(store, Odd(A), b"tail")
+    assert Reader().read(fresh) == A + b"tail"
+    fresh.end()
+    used = written(store, b"head", Odd(B))
+    assert (used.inode, Reader().read(used)) == (fresh.inode, b"head" + B)
+
+
 def test_read_only_memory_can_be_sent_from(store: Store) -> None:
     for value in (A, memoryview(B), bytearray(A)):
         segment = written(store, value, memoryview(b"xy"))

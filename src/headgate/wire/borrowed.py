@@ -169,15 +169,15 @@ def map_memory(fd: int, size: int, flags: int, access: int = mmap.PROT_READ | mm
     return mapped
 
 
-def write(fd: int, parts: Sequence[Any]) -> None:
-    """All parts one after the other. Raises OSError."""
-    left = [memoryview(part) for part in parts if len(part)]
+def write(fd: int, parts: Sequence[memoryview]) -> None:
+    """All parts, each of bytes, one after the other. Raises OSError."""
+    left = [part for part in parts if part.nbytes]
     at = 0
     while left:
         written = os.pwritev(fd, left[:_MOST_PARTS], at)
         at += written
-        while left and written >= len(left[0]):
-            written -= len(left.pop(0))
+        while left and written >= left[0].nbytes:
+            written -= left.pop(0).nbytes
         if written:
             left[0] = left[0][written:]
 
@@ -192,7 +192,7 @@ class _PyBuffer(ctypes.Structure):
     )  # fmt: skip
 
 
-def copy(parts: Sequence[Any], to: int) -> None:
+def copy(parts: Sequence[memoryview], to: int) -> None:
     """All parts, one after the other, to an address; other than by an assignment to a slice, other threads run on."""
     buffer = _PyBuffer()
     for part in parts:

@@ -62,7 +62,7 @@ class Segment:
         self._written = 0  # so many bytes are there in memory
         self._mapped: mmap.mmap | None = None
 
-    def fill(self, parts: Sequence[Any], size: int) -> None:
+    def fill(self, parts: Sequence[memoryview], size: int) -> None:
         """Put a value of that size in, of these parts. Raises OSError.
 
         Fresh memory is best written by the kernel, which can also say that there is none; memory that
@@ -151,7 +151,8 @@ class Store:
 
     def write(self, parts: Sequence[Any]) -> Segment | None:
         """A segment with these `parts`, one after the other; None: it is not to be lent, or there is no memory."""
-        size = sum(map(len, parts))
+        parts = [memoryview(part) for part in parts]  # whose sizes are those of the memory, whatever `len` says
+        size = sum(part.nbytes for part in parts)
         if not self._lends(size, self._out_bytes, self._out):  # of two threads at once both may be the last
             return None
         with self._lock:
