@@ -1,8 +1,9 @@
-"""This process's membership in an instance: its headgate thread, its snapshot, its routers.
+"""A running instance, as this process takes part in it.
 
 A process joins an instance once, however many clients and handles it has. One that started it makes calls only, as
-long as it has no handle: they go over a line (wire/line.py), and there is no event loop. The first handle brings one,
-on the headgate thread, with a connection of its own that follows the snapshots.
+long as it has no handle: they go over a line, and there is no event loop (line_membership.py). The first handle
+brings one, on the headgate thread, with a connection of its own that follows the snapshots (loop_membership.py).
+Whoever did not start it begins with that, and its calls go there too.
 
 Clients and handles hold the Instance, and nothing else does: when the last of them is collected,
 the membership ends. Threads therefore refer to it weakly.
@@ -14,23 +15,24 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 from weakref import WeakValueDictionary
 
 from headgate.core.state import Endpoint, Snapshot
 from headgate.errors import ControllerUnavailable, InstanceError
+from headgate.line_membership import LineMembership
+from headgate.membership import Part
 from headgate.wire import messages
 from headgate.wire.calling import OVER, SILENCE_S, SILENT
 from headgate.wire.home import Home
-from headgate.wire.line import Line
 
 if TYPE_CHECKING:
+    from headgate.loop_membership import LoopMembership
     from headgate.router import Router
-    from headgate.routers import Routers
     from headgate.wire.control import ControlClient
     from headgate.wire.thread import HeadgateThread
 
-_FIRST_SNAPSHOT_S = 10.0
+P = ParamSpec("P")
 
 #: Of this process; asked in each call, which a system call would make longer.
 _pid = os.getpid()
@@ -57,9 +59,8 @@ class Instance:
                needs an event loop, begins with `follow`
     """
 
-    thread: HeadgateThread  # these three once there is a loop
-    control: ControlClient
-    _routers: Routers
+    _by_loop: LoopMembership  # once there is to be a loop
+    _part: Part  # once it has joined
 
     def __init__(self, home: Home, name: str, role: str = "client", *, by_line: str | None = None) -> None:
         self.home = home
@@ -70,15 +71,15 @@ class Instance:
         self.closed = False
         self._is_over = False
         self._is_begun = False
-        self._line: Line | None = None
-        self._following = [role == "client"]  # shared with `hello`, which must not hold self
+        self._has_loop = False  # that is connected
         self._beginning = threading.Lock()  # of the loop
         self._ends: list[Callable[[], object]] = []
         self._when_gone: list[Callable[[], object]] = []
         self._watchers: set[Callable[[], object]] = set()
+        self._me = messages.Hello(role, name, self.pid, node=self.node)
+        self._by_line: LineMembership | None = None
         if by_line is not None:
-            hello = messages.Hello(role, name, self.pid, node=self.node)
-            self._line = Line(by_line, home.token, hello, _weakly(self._gone))
+            self._by_line = LineMembership(by_line, home.token, self._me, _weakly(self._gone))
 
     @property
     def key(self) -> str:
@@ -90,11 +91,22 @@ class Instance:
     def begin(self) -> None:
         """Start the thread that is to hold the connection; connecting it, which may be interrupted, is `join`'s."""
         self._is_begun = True
-        if self._line is None:
-            self._start_thread()
+        if self._by_line is None:
+            self._begin_loop()
         else:
-            self._line.start()
-            self._ends.append(weakref.finalize(self, _leave_line, self._line, self.pid))
+            self._begin(self._by_line)
+
+    def _begin_loop(self) -> None:
+        from headgate.loop_membership import LoopMembership  # brings asyncio
+
+        gone = _weakly(self._gone) if self._by_line is None else _not_again  # the line says so too
+        membership = LoopMembership(self.home, self._me, _weakly(self._spread), gone)
+        self._begin(membership)
+        self._by_loop = membership
+
+    def _begin(self, membership: LineMembership | LoopMembership) -> None:
+        membership.begin()
+        self._ends.append(weakref.finalize(self, membership.leave))
 
     def join(
         self,
@@ -106,80 +118,45 @@ class Instance:
         """Connect. Raises InstanceError if nobody listens, and TimeoutError."""
         if not self._is_begun:
             self.begin()
-        if self._line is None:
-            self._connect(report, on_message, timeout_s, routers)
+        self._part = Part(report, on_message, routers)
+        if self._by_line is None:
+            self._join_by_loop(timeout_s)
         else:
-            try:
-                self._line.wait_connected(timeout_s)
-            except BaseException:
-                self._line.close()
-                raise
+            self._by_line.join(timeout_s)
         with _join_lock:
             _joined[self.key] = self
 
-    def _start_thread(self) -> None:
-        from headgate.wire.thread import HeadgateThread  # brings asyncio
+    def _join_by_loop(self, timeout_s: float | None) -> None:
+        self._by_loop.join(self._part, timeout_s)
+        self._has_loop = True
 
-        self.thread = HeadgateThread()
-        self.thread.start()
-        self._ends.append(self.thread.stop)
+    def follow(self) -> None:
+        """Have snapshots from now on; returns once the first is here. Raises ControllerUnavailable."""
+        with self._beginning:
+            if not self._has_loop:
+                self._begin_loop()
+                try:
+                    self._join_by_loop(SILENCE_S)
+                except TimeoutError:
+                    raise ControllerUnavailable(SILENT) from None
+        self._by_loop.follow()
 
-    def _connect(
-        self,
-        report: Callable[[], messages.Report | None] = lambda: None,
-        on_message: Callable[[messages.FromController], None] = lambda message: None,
-        timeout_s: float | None = None,
-        routers: Callable[[], tuple[str, ...]] = tuple,
-    ) -> None:
-        """Have the headgate thread connect. Raises InstanceError if nobody listens, and TimeoutError."""
-        from headgate.routers import Routers, on_loop
+    # --- what it is like ---
 
-        thread = self.thread
-        self._routers = Routers(self.home.token, self.name, self.node, thread.loop)
-        try:
-            thread.connect(self._client(report, on_message, routers), timeout_s)
-            self._ends.append(weakref.finalize(self, _leave, thread, self.control, self._routers, self.pid))
-        except BaseException:
-            if hasattr(self, "control"):
-                on_loop(thread.loop, self.control.close)
-                del self.control
-            thread.stop()
-            raise
-        watch = getattr(self.home, "watch", None)
-        if watch is not None:
-            watch(self.control.end_threadsafe)
+    @property
+    def thread(self) -> HeadgateThread:
+        """The headgate thread, once there is a loop."""
+        return self._by_loop.thread
 
-    def _client(
-        self,
-        report: Callable[[], messages.Report | None],
-        on_message: Callable[[messages.FromController], None],
-        routers: Callable[[], tuple[str, ...]],
-    ) -> Callable[[], ControlClient]:
-        """What makes the control client, which does not hold this."""
-        from headgate.wire.control import ControlClient
-
-        this = weakref.ref(self)
-
-        def spread(snapshot: Snapshot) -> None:
-            if (instance := this()) is not None:
-                instance._spread(snapshot)
-
-        gone = _weakly(self._gone) if self._line is None else _not_again  # the line says so too
-        find, token = self.home.find, self.home.token
-        hello = _hello(self.role, self.name, self.node, self._following, report, routers)
-
-        def make() -> ControlClient:
-            client = ControlClient(find, token, hello, on_message=on_message, on_snapshot=spread, on_gone=gone)
-            if (instance := this()) is not None:
-                instance.control = client  # before its first message comes
-            return client
-
-        return make
+    @property
+    def control(self) -> ControlClient:
+        """The connection that follows the snapshots, once there is a loop."""
+        return self._by_loop.control
 
     @property
     def snapshot(self) -> Snapshot:
         """The snapshot in force in this process, once it follows."""
-        return self.control.snapshot
+        return self._by_loop.control.snapshot
 
     @property
     def usable(self) -> bool:
@@ -200,31 +177,8 @@ class Instance:
     @property
     def is_on_own_thread(self) -> bool:
         """Whether this is called on a thread that holds a connection, which must not wait for itself."""
-        own = [holder.thread for holder in (self._line, getattr(self, "thread", None)) if holder is not None]
+        own = [holder.thread for holder in (self._by_line, getattr(self, "thread", None)) if holder is not None]
         return threading.current_thread() in own
-
-    def follow(self) -> None:
-        """Have snapshots from now on; returns once the first is here. Raises ControllerUnavailable."""
-        with self._beginning:
-            if not hasattr(self, "control"):
-                self._begin_loop()
-        if not self._following[0]:
-            self._following[0] = True
-            self.thread.loop.call_soon_threadsafe(self.control.tell, messages.Follow())
-        if not self.snapshot.version:
-            try:
-                self.thread.run(self.control.newer_than(0), _FIRST_SNAPSHOT_S)
-            except TimeoutError:
-                raise ControllerUnavailable(
-                    f"the controller sent no snapshot within {_FIRST_SNAPSHOT_S:g} s; it is safe to try again"
-                ) from None
-
-    def _begin_loop(self) -> None:
-        self._start_thread()
-        try:
-            self._connect(timeout_s=SILENCE_S)
-        except TimeoutError:
-            raise ControllerUnavailable(SILENT) from None
 
     # --- control calls ---
 
@@ -235,9 +189,8 @@ class Instance:
         InstanceError when the instance is over; TimeoutError.
         """
         self.check()
-        if self._line is not None:
-            return self._line.call(method, params, timeout_s)
-        return self.thread.run(self.control.call(method, params), timeout_s)
+        membership = self._by_line or self._by_loop
+        return membership.call(method, params, timeout_s)
 
     def check(self) -> None:
         """Raises InstanceError unless the instance is usable."""
@@ -247,7 +200,7 @@ class Instance:
     # --- routers ---
 
     def _spread(self, snapshot: Snapshot) -> None:
-        self._routers.spread(snapshot)
+        self._by_loop.routers.spread(snapshot)
         for watcher in list(self._watchers):
             watcher()
 
@@ -261,7 +214,7 @@ class Instance:
 
     def router(self) -> Router:
         """The router of the running loop, following the newest snapshot."""
-        router = self._routers.here(self.control.snapshot)
+        router = self._by_loop.router()
         if self.closed:  # since whoever wants it has asked: `leave` may not have seen it
             router.close()
         return router
@@ -291,46 +244,19 @@ class Instance:
         self._gone()
 
 
-def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+def _weakly(method: Callable[P, None]) -> Callable[P, None]:
     """`method`, called as long as its object lives, without holding it."""
     reference = weakref.WeakMethod(method)
 
-    def call() -> None:
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
         if (bound := reference()) is not None:
-            bound()
+            bound(*args, **kwargs)
 
     return call
 
 
 def _not_again() -> None:
     """What another thread does is not done on this one meanwhile."""
-
-
-def _hello(
-    role: str,
-    name: str,
-    node: str,
-    following: list[bool],
-    report: Callable[[], messages.Report | None],
-    routers: Callable[[], tuple[str, ...]],
-) -> Callable[[int], messages.Hello]:
-    pid = os.getpid()
-    return lambda version: messages.Hello(role, name, pid, following[0], version, report(), node, routers())
-
-
-def _leave_line(line: Line, pid: int) -> None:
-    if pid == os.getpid():  # a fork has none of these threads
-        line.close()
-
-
-def _leave(thread: HeadgateThread, control: ControlClient, routers: Routers, pid: int) -> None:
-    if pid != os.getpid():
-        return
-    from headgate.routers import on_loop
-
-    routers.close()
-    on_loop(thread.loop, control.close)
-    thread.stop()
 
 
 def joined(key: str) -> Instance | None:

@@ -3,7 +3,7 @@ loop of the user's that has an async handle.
 
 Each follows the newest snapshot; a router and its links end with their loop. A loop that was just
 closed says nothing: what it has left open is found when the next router is made, the next snapshot
-comes, or the membership ends (instance.py).
+comes, or the membership ends (loop_membership.py).
 """
 
 from __future__ import annotations
