@@ -22,6 +22,7 @@ from headgate.wire import messages
 from headgate.wire.address import listen
 from headgate.wire.control import Hub, Peer
 from headgate.wire.home import DirectoryHome, Home
+from headgate.wire.own_thread import is_own
 from headgate.wire.thread import HeadgateThread
 
 TOKEN = b"t" * 32
@@ -198,8 +199,7 @@ def test_the_end_of_the_line_is_the_end_of_the_instance(short_dir: Path) -> None
     instance = Instance(DirectoryHome(str(short_dir), TOKEN), "me", by_line=str(short_dir / "control.sock"))
     instance.join()
     found: SimpleQueue[tuple[bool, bool]] = SimpleQueue()
-    instance.when_gone(lambda: found.put((instance.usable, instance.is_on_own_thread)))
-    assert not instance.is_on_own_thread
+    instance.when_gone(lambda: found.put((instance.usable, is_own())))
     instance.call("method")  # it has heard of this process
     controller.close()
     assert found.get(timeout=5.0) == (False, True)

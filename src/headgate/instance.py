@@ -174,12 +174,6 @@ class Instance:
         for function in self._when_gone:
             function()
 
-    @property
-    def is_on_own_thread(self) -> bool:
-        """Whether this is called on a thread that holds a connection, which must not wait for itself."""
-        own = [holder.thread for holder in (self._by_line, getattr(self, "thread", None)) if holder is not None]
-        return threading.current_thread() in own
-
     # --- control calls ---
 
     def call(self, method: str, /, timeout_s: float | None = None, **params: Any) -> Any:

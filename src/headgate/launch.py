@@ -27,6 +27,7 @@ from headgate.errors import HeadgateError, InstanceError
 from headgate.params import pack
 from headgate.signals import Held, catch_sigterm, release_sigterm
 from headgate.wire.address import listen
+from headgate.wire.own_thread import is_own
 
 if TYPE_CHECKING:
     from headgate.config import HTTPOptions
@@ -206,12 +207,25 @@ class Ending:
             weakref.finalize(client, self.now)
 
     def now(self, *, force: bool = False) -> None:
-        """Drain and end everything; `force` kills. Returns when all processes are gone."""
+        """Drain and end everything; `force` kills. Returns when all processes are gone.
+
+        But on a thread of headgate's own, of this instance or of another one: there the client was collected.
+        """
         if os.getpid() != self._owner:  # a fork of the driver owns nothing
             return
-        if self.instance is not None and self.instance.is_on_own_thread:  # collected there
-            threading.Thread(target=self.now).start()
-            return
+        if is_own():
+            self._end_aside(force)
+        else:
+            self._end(force)
+
+    def _end_aside(self, force: bool) -> None:
+        """Have a thread do it that the interpreter waits for before it exits."""
+        try:
+            threading.Thread(target=self._end, args=(force,), name="headgate-end", daemon=False).start()
+        except RuntimeError:  # there is none to be had
+            self._end(force=True)
+
+    def _end(self, force: bool) -> None:
         with self._lock:
             if self._done:
                 return

@@ -23,7 +23,6 @@ class LineMembership:
     def __init__(self, path: str, token: bytes, me: messages.Hello, on_gone: Callable[[], object]) -> None:
         self._line = Line(path, token, me, on_gone)
         self._pid = me.pid
-        self.thread = self._line.thread
 
     def begin(self) -> None:
         """Start the thread, which begins to connect."""

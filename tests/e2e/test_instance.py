@@ -271,6 +271,34 @@ def test_a_handle_does_not_keep_it() -> None:
         handle.call()
 
 
+def test_a_client_that_is_collected_on_another_instances_thread_holds_nobody_up(
+    own: headgate.Client, tmp_path: Path
+) -> None:
+    begun, let = tmp_path / "begun", tmp_path / "let"
+
+    def slow(request: Any) -> str:
+        begun.touch()
+        while not let.exists():
+            time.sleep(0.01)
+        return "done"
+
+    own.create_backend("it", pid)
+    own.create_endpoint("it", backend="it")
+    handle = own.get_handle("it")
+    clients = [headgate.start(http_options=NO_HTTP)]
+    clients[0].create_backend("slow", slow)
+    clients[0].create_endpoint("slow", backend="slow")
+    key, ref = key_of(clients[0]), clients[0].get_handle("slow").remote()
+    eventually(begun.exists)
+    own._instance.thread.loop.call_soon_threadsafe(clients.clear)
+    eventually(lambda: not clients)
+    assert handle.call() == own.status().replicas[0].pid  # else it waits until the request is given up
+    let.touch()
+    assert headgate.get(ref) == "done"
+    eventually(lambda: "headgate-end" not in {thread.name for thread in threading.enumerate()}, 30.0)
+    assert is_gone(key)
+
+
 def test_a_client_does_not_pickle(own: headgate.Client) -> None:
     with pytest.raises(InstanceError, match=r"headgate\.connect\(\)"):
         pickle.dumps(own)

@@ -23,9 +23,9 @@ import msgspec
 
 from headgate.core import framing
 from headgate.errors import HeadgateError, InstanceError, ProtocolError
-from headgate.signals import withhold_signals
 from headgate.wire import calling, greeting, messages
 from headgate.wire.calling import OVER, SILENCE_S, TICK_S
+from headgate.wire.own_thread import OwnThread, is_own
 
 #: Before another try to connect, and after a connection that did not last.
 RECONNECT_S = 0.02
@@ -70,7 +70,7 @@ class Line:
         silence_s: float = SILENCE_S,
     ) -> None:
         self.gone = False
-        self.thread = threading.Thread(target=self._run, name="headgate", daemon=True)
+        self.thread = OwnThread(self._run)
         self._path = path
         self._token = token
         self._hello = hello
@@ -132,14 +132,17 @@ class Line:
                 raise calling.no_sign_of_life(call.request.method)
 
     def close(self) -> None:
-        """Leave; the instance goes on. Calls without an answer fail."""
+        """Leave; the instance goes on. Calls without an answer fail.
+
+        Returns when the thread has ended, but on a thread of headgate's own.
+        """
         self._on_gone = lambda: None
         self._closed = True
         self._wake()
         if self._sock is not None:
             with suppress(OSError):  # a handshake goes on no longer, nor a connection that a fork holds too
                 self._sock.shutdown(socket.SHUT_RDWR)
-        if self.thread.is_alive() and threading.current_thread() is not self.thread:
+        if self.thread.is_alive() and not is_own():
             self.thread.join(_LEAVE_S)
 
     def _wake(self) -> None:
@@ -149,7 +152,6 @@ class Line:
     # --- on the thread ---
 
     def _run(self) -> None:
-        withhold_signals()
         try:
             while (sock := self._connect()) is not None:
                 began = time.monotonic()

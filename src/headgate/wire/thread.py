@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from headgate.signals import withhold_signals
 from headgate.wire.control import ControlClient
+from headgate.wire.own_thread import OwnThread, is_own
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class HeadgateThread:
     def __init__(self, name: str = "headgate") -> None:
         self.loop: asyncio.AbstractEventLoop
         self._started = threading.Event()
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread = OwnThread(self._run, name)
 
     @property
     def alive(self) -> bool:
@@ -59,14 +59,17 @@ class HeadgateThread:
             raise
 
     def stop(self) -> None:
-        """End the loop and the thread; idempotent. On the thread itself it ends after this turn."""
+        """End the loop and the thread; idempotent.
+
+        Returns when the thread has ended, but on a thread of headgate's own. On the thread itself it ends after this
+        turn.
+        """
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
-            if threading.current_thread() is not self.thread:
+            if not is_own():
                 self.thread.join(2.0)
 
     def _run(self) -> None:
-        withhold_signals()
         loop = self.loop
         asyncio.set_event_loop(loop)
         loop.call_soon(self._started.set)
