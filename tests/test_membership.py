@@ -13,19 +13,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from lone_controller import TOKEN, ControllerOnThread
 
 from headgate import instance as instances
 from headgate.core.state import Snapshot
 from headgate.errors import ControllerUnavailable, InstanceError
 from headgate.instance import Instance
 from headgate.wire import messages
-from headgate.wire.address import listen
-from headgate.wire.control import Hub, Peer
+from headgate.wire.control import Peer
 from headgate.wire.home import DirectoryHome, Home
 from headgate.wire.own_thread import is_own
-from headgate.wire.thread import HeadgateThread
-
-TOKEN = b"t" * 32
 
 
 class FarHome:
@@ -46,21 +43,12 @@ class FarHome:
         self.told.append(on_over)
 
 
-class Controller:
-    """Whoever listens; keeps what it hears."""
+class Controller(ControllerOnThread):
+    """Whoever follows gets a snapshot."""
 
-    def __init__(self, address: str) -> None:
-        self.heard: list[messages.ToController] = []
-        self.thread = HeadgateThread("controller")
-        self.thread.start()
-        self.hub: Hub = Hub(listen(address), TOKEN, self._hear, lambda peer: None)
-        self._call(self.hub.open)
-
-    def _hear(self, peer: Peer, message: messages.ToController) -> None:
-        self.heard.append(message)
-        if isinstance(message, messages.Request):
-            peer.tell(messages.Response(message.id, msgspec.Raw(message.params)))
-        elif isinstance(message, messages.Hello) and message.follows:
+    def hear(self, peer: Peer, message: messages.ToController) -> None:
+        super().hear(peer, message)
+        if isinstance(message, messages.Hello) and message.follows:
             snapshot = msgspec.Raw(msgspec.msgpack.encode(Snapshot(version=1)))
             peer.tell(messages.Publish(1, snapshot))
 
@@ -72,20 +60,10 @@ class Controller:
             self.thread.loop.call_soon_threadsafe(lambda: lock.acquire() and lock.release())
             yield
 
-    def _call(self, function: Callable[[], None]) -> None:
-        async def run() -> None:
-            function()
-
-        self.thread.run(run(), 5.0)
-
-    def close(self) -> None:
-        self._call(self.hub.close)
-        self.thread.stop()
-
 
 @pytest.fixture
 def controller(short_dir: Path) -> Iterator[Controller]:
-    controller = Controller(str(short_dir / "control.sock"))
+    controller = Controller(short_dir)
     yield controller
     controller.close()
 
@@ -195,7 +173,7 @@ def test_a_line_keeps_no_membership_alive(controller: Controller, short_dir: Pat
 
 
 def test_the_end_of_the_line_is_the_end_of_the_instance(short_dir: Path) -> None:
-    controller = Controller(str(short_dir / "control.sock"))
+    controller = Controller(short_dir)
     instance = Instance(DirectoryHome(str(short_dir), TOKEN), "me", by_line=str(short_dir / "control.sock"))
     instance.join()
     found: SimpleQueue[tuple[bool, bool]] = SimpleQueue()

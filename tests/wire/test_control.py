@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import virtual_time
+from lone_controller import TOKEN, LoneController, echo, no_answer
 
 from headgate.core import deltas, framing
 from headgate.core.state import Endpoint, Snapshot, Traffic
@@ -23,34 +24,17 @@ from headgate.wire.control import RECONNECT_S, ControlClient, Hub, Peer
 from headgate.wire.handshake import dial
 from headgate.wire.home import DirectoryHome
 
-TOKEN = b"t" * 32
-Answer = Callable[[messages.Request], messages.Response | None]
 Find = Callable[[Exception | None], Awaitable[str | None]]
 
 
-def echo(request: messages.Request) -> messages.Response | None:
-    return messages.Response(request.id, msgspec.Raw(request.params))
-
-
-def no_answer(request: messages.Request) -> messages.Response | None:
-    return None
-
-
-class World:
-    """The controller's socket, one controller at a time, and one client."""
+class World(LoneController):
+    """A controller, and one client."""
 
     def __init__(self, folder: Path, find: Find | None = None) -> None:
-        self.path = str(folder / "control.sock")
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.path)
-        self.listener.listen()
-        self.answer: Answer = echo
-        self.heard: list[Any] = []
-        self.gone: list[str] = []
+        super().__init__(folder)
         self.told: list[Any] = []
         self.snapshots: list[int] = []
         self.ends = 0
-        self.hub = self.start_controller()
         self.client = ControlClient(
             find or DirectoryHome(str(folder), TOKEN).find,
             TOKEN,
@@ -63,41 +47,17 @@ class World:
     def _end(self) -> None:
         self.ends += 1
 
-    def start_controller(self) -> Hub:
-        self.hub = Hub(self.listener.dup(), TOKEN, self._hear, lambda peer: self.gone.append(peer.id))
-        self.hub.open()
-        return self.hub
-
-    def restart(self, answer: Answer) -> None:
-        """Another controller listens on the socket, which the supervisor holds open."""
-        self.hub.close()
-        self.answer = answer
-        self.start_controller()
-
-    def end(self) -> None:
-        """Nobody will ever listen again."""
-        self.listener.close()
-        self.hub.close()
-
-    def _hear(self, peer: Peer, message: messages.ToController) -> None:
-        self.heard.append(message)
-        if isinstance(message, messages.Request) and (response := self.answer(message)) is not None:
-            peer.tell(response)
-
     def publish(self, version: int) -> None:
-        raw = msgspec.Raw(msgspec.msgpack.encode(Snapshot(version=version)))
-        for peer in self.hub.peers:
-            peer.tell(messages.Publish(version, raw))
+        self.tell(messages.Publish(version, msgspec.Raw(msgspec.msgpack.encode(Snapshot(version=version)))))
 
     def change(self, base: int, version: int, *names: str) -> None:
         """Publish what changed: further endpoints."""
         endpoints = tuple(Endpoint(name, None, ("GET",), Traffic(())) for name in names)
         delta = deltas.Delta(base, version, True, endpoints)
-        for peer in self.hub.peers:
-            peer.tell(messages.PublishChange(version, msgspec.Raw(msgspec.msgpack.encode(delta))))
+        self.tell(messages.PublishChange(version, msgspec.Raw(msgspec.msgpack.encode(delta))))
 
     def requests(self) -> list[messages.Request]:
-        return [message for message in self.heard if isinstance(message, messages.Request)]
+        return self.all_of(messages.Request)
 
     async def until(self, true: Callable[[], Any]) -> None:
         while not true():
@@ -116,8 +76,7 @@ def play(short_dir: Path) -> Callable[[Callable[[World], Awaitable[None]]], None
                 await scene(world)
             finally:
                 world.client.close()
-                world.hub.close()
-                world.listener.close()
+                world.end()
                 await asyncio.sleep(0.1)  # the links end
 
         virtual_time.run(main(), limit_s=60.0)
@@ -229,11 +188,11 @@ def test_a_call_lives_through_controllers_that_end_at_once(play: Play) -> None:
 
 def test_a_call_made_while_no_controller_runs_waits_for_the_next(play: Play) -> None:
     async def scene(world: World) -> None:
-        world.hub.close()
+        world.stop()
         await asyncio.sleep(0.2)
         call = asyncio.ensure_future(world.client.call("echo", {"a": 1}))
         await asyncio.sleep(0.2)
-        world.start_controller()
+        world.start()
 
         assert await call == {"a": 1}
 
@@ -421,10 +380,10 @@ def test_whoever_knows_that_the_instance_is_over_ends_it_for_this_process_from_a
 def test_the_end_is_the_end_though_a_connection_is_just_being_made(play: Play) -> None:
     async def scene(world: World) -> None:
         await world.until(lambda: world.heard)
-        world.hub.close()
+        world.stop()
         await asyncio.sleep(0.5)
         world.client.over()
-        world.start_controller()
+        world.start()
         await asyncio.sleep(0.5)
         assert not world.hub.peers
 
@@ -455,8 +414,7 @@ def finding(folder: Path, finder: Finder, scene: Callable[[World], Awaitable[Non
             await scene(world)
         finally:
             world.client.close()
-            world.hub.close()
-            world.listener.close()
+            world.end()
             await asyncio.sleep(0.1)
 
     virtual_time.run(main(), limit_s=60.0)
@@ -521,7 +479,7 @@ def test_a_controller_that_comes_back_elsewhere_is_found_there(short_dir: Path) 
         world.listener = elsewhere
         finder.found = lambda: address_of(elsewhere)
         world.answer = echo
-        world.start_controller()
+        world.start()
         assert await call == {"a": 1}
         [peer] = world.hub.peers
         assert not peer.is_local

@@ -12,49 +12,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from lone_controller import PATIENCE_S, TOKEN, ControllerOnThread, echo, no_answer, refuse
 
 from headgate.core import framing
 from headgate.errors import ArgumentError, ConfigError, ControllerUnavailable, HeadgateError, InstanceError
 from headgate.wire import messages
-from headgate.wire.control import Hub, Peer
 from headgate.wire.greeting import TIMEOUT_S
 from headgate.wire.line import Line
-from headgate.wire.thread import HeadgateThread
 
-TOKEN = b"t" * 32
 HELLO = messages.Hello("client", "me", os.getpid())
-PATIENCE_S = 10.0
-Answer = Callable[[messages.Request], messages.Response | None]
 
 
-def echo(request: messages.Request) -> messages.Response | None:
-    return messages.Response(request.id, msgspec.Raw(request.params))
-
-
-def refuse(request: messages.Request) -> messages.Response | None:
-    return messages.Response(request.id, error=("ConfigError", "no"))
-
-
-def no_answer(request: messages.Request) -> messages.Response | None:
-    return None
-
-
-class World:
-    """The controller's socket, and one controller at a time on a thread of its own."""
+class World(ControllerOnThread):
+    """A controller, and the lines to it."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "control.sock")
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.path)
-        self.listener.listen()
-        self.answer: Answer = echo
-        self.heard: list[Any] = []
-        self.thread = HeadgateThread("controller")
-        self.thread.start()
-        self.hub: Hub
-        self.start_controller()
+        super().__init__(folder)
         self.lines: list[Line] = []
 
     def line(self, **options: Any) -> Line:
@@ -65,45 +39,8 @@ class World:
         line.wait_connected(PATIENCE_S)
         return line
 
-    def do(self, function: Callable[[], object]) -> None:
-        """Have the controller's thread do it."""
-
-        async def run() -> None:
-            function()
-
-        self.thread.run(run(), PATIENCE_S)
-
-    def start_controller(self) -> None:
-        def start() -> None:
-            self.hub = Hub(self.listener.dup(), TOKEN, self._hear, lambda peer: None)
-            self.hub.open()
-
-        self.do(start)
-
-    def restart(self, answer: Answer) -> None:
-        """Another controller listens on the socket, which the supervisor holds open."""
-        self.do(self.hub.close)
-        self.answer = answer
-        self.start_controller()
-
-    def end(self) -> None:
-        """Nobody will ever listen again."""
-        self.listener.close()
-        self.do(self.hub.close)
-
-    def _hear(self, peer: Peer, message: messages.ToController) -> None:
-        self.heard.append(message)
-        if isinstance(message, messages.Request) and (response := self.answer(message)) is not None:
-            peer.tell(response)
-
-    def tell(self, message: messages.FromController) -> None:
-        self.do(lambda: [peer.tell(message) for peer in self.hub.peers])
-
     def send(self, data: bytes) -> None:
         self.do(lambda: [peer.send(data) for peer in self.hub.peers])
-
-    def all_of(self, kind: type[Any]) -> list[Any]:
-        return [message for message in self.heard if isinstance(message, kind)]
 
 
 @pytest.fixture
@@ -112,8 +49,7 @@ def world(short_dir: Path) -> Iterator[World]:
     yield world
     for line in world.lines:
         line.close()
-    world.end()
-    world.thread.stop()
+    world.close()
 
 
 def until(true: Callable[[], Any]) -> None:
@@ -385,10 +321,10 @@ def test_a_controller_that_only_ever_hangs_up_gives_no_sign_of_life(world: World
 def test_what_was_given_up_before_it_could_be_sent_is_not_sent(world: World) -> None:
     line = world.line()
     line.call("method", {})
-    world.do(world.hub.close)
+    world.stop()
     time.sleep(0.1)  # now the next handshake waits
     with pytest.raises(TimeoutError):
         line.call("create", {}, 0.2)
-    world.start_controller()
+    world.start()
     assert line.call("method", {}) == {}
     assert [request.method for request in world.all_of(messages.Request)] == ["method", "method"]
