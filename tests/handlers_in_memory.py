@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from memory import HELD, MemoryInstance, Received
+from starlette.requests import Request
 
 from headgate.handle import AsyncServeHandle, ServeHandle, make_handle
 
@@ -46,6 +47,19 @@ def async_handle(instance: MemoryInstance, endpoint: str, missing_ok: bool = Fal
     handle = make_handle(instance, endpoint, missing_ok, sync=False)  # type: ignore[arg-type]
     assert isinstance(handle, AsyncServeHandle)
     return handle
+
+
+def posted() -> Request:
+    """A Starlette Request whose body was not read yet."""
+    scope = {
+        "type": "http", "method": "POST", "path": "/a", "raw_path": b"/a", "query_string": b"", "headers": [],
+        "server": ("h", 80), "scheme": "http",
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"body", "more_body": False}
+
+    return Request(scope, receive)
 
 
 async def turns(number: int = 3) -> None:

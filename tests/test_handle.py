@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import virtual_time
-from handlers_in_memory import HANDLERS, Sour, async_handle, echo, sync_handle, turns
+from handlers_in_memory import HANDLERS, Sour, async_handle, echo, posted, sync_handle, turns
 from memory import MemoryInstance, Received
 
 from headgate import get, wait
@@ -721,20 +721,11 @@ def test_many_threads_may_wait_for_one_ref(instance: MemoryInstance) -> None:
 
 
 def test_a_request_passed_as_data_arrives_with_its_body(instance: MemoryInstance) -> None:
-    from starlette.requests import Request
-
     instance.add("path", lambda request: (request.data.method, request.data.url.path, request.data.data))
-    scope = {
-        "type": "http", "method": "POST", "path": "/a", "raw_path": b"/a", "query_string": b"", "headers": [],
-        "server": ("h", 80), "scheme": "http",
-    }  # fmt: skip
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"body", "more_body": False}
 
     async def main() -> Any:
-        return await async_handle(instance, "path").call(Request(scope, receive))
+        return await async_handle(instance, "path").call(posted())
 
     assert asyncio.run(main()) == ("POST", "/a", b"body")
     with pytest.raises(SerializationError, match="body"):
-        sync_handle(instance, "path").call(Request(scope, receive))
+        sync_handle(instance, "path").call(posted())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import virtual_time
 from actors_in_memory import MemoryActors, MemoryRef
-from handlers_in_memory import HANDLERS, async_handle, echo, sync_handle, turns
+from handlers_in_memory import HANDLERS, async_handle, echo, posted, sync_handle, turns
 from memory import MemoryHome, MemoryInstance, MemoryLink, Received
 
 from headgate import ObjectRef, get, homes, wait
@@ -558,19 +558,10 @@ def test_a_ref_of_a_local_instance_is_resolved_first(
 
 
 def test_a_request_passed_as_data_arrives_with_its_body(instance: MemoryInstance) -> None:
-    from starlette.requests import Request
-
     instance.add("path", lambda request: (request.data.method, request.data.url.path, request.data.data))
-    scope = {
-        "type": "http", "method": "POST", "path": "/a", "raw_path": b"/a", "query_string": b"", "headers": [],
-        "server": ("h", 80), "scheme": "http",
-    }  # fmt: skip
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"body", "more_body": False}
 
     async def main() -> Any:
-        request = Request(scope, receive)
+        request = posted()
         ref = await async_handle(instance, "path").remote(request)
         return await ref, get(sync_handle(instance, "path").remote(request))
 

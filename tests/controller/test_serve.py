@@ -60,6 +60,19 @@ class Site:
             serve(self.engine, self.store, self.hub, incarnation=self.incarnation, location="HeadOnly")
         )
 
+    async def begin_with_client(self) -> asyncio.Task[None]:
+        """A controller that the client has a connection to."""
+        serving = self.begin()
+        await asyncio.sleep(0)
+        self.client.hello()
+        return serving
+
+    async def begin_and_lose(self, num_replicas: int = 1) -> None:
+        """A controller that had a backend made, and ended."""
+        serving = await self.begin_with_client()
+        await self.create(num_replicas)
+        await self.lose(serving)
+
     async def lose(self, serving: asyncio.Task[None]) -> None:
         """The controller ends, and all others live on."""
         self.engine._on_event = lambda event: None
@@ -98,9 +111,7 @@ def now() -> float:
 
 @site
 async def test_it_serves_until_the_instance_was_shut_down(site: Site) -> None:
-    serving = site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
+    serving = await site.begin_with_client()
     ready = await site.client.call("wait_ready")
     assert (ready["ready"], ready["http"], ready["incarnation"]) == (True, "http://local:8000", 1)
     await site.create(2)
@@ -117,12 +128,8 @@ async def test_it_serves_until_the_instance_was_shut_down(site: Site) -> None:
 
 @site
 async def test_what_connects_and_calls_while_the_engine_opens_is_heard_once_it_has(site: Site) -> None:
-    serving = site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
-    await site.create(2)
+    await site.begin_and_lose(2)
     before = site.living()
-    await site.lose(serving)
 
     site.engine.opens_s = 0.5
     begun = now()
@@ -146,18 +153,12 @@ async def test_what_connects_and_calls_while_the_engine_opens_is_heard_once_it_h
 
 @site
 async def test_a_process_that_is_silent_has_its_time(site: Site) -> None:
-    serving = site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
-    await site.create()
+    await site.begin_and_lose()
     before = site.living()
-    await site.lose(serving)
     site.engine.freeze("b#0002")
 
     begun = now()
-    site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
+    await site.begin_with_client()
     await site.client.call("list_backends")
     assert now() == pytest.approx(begun + ADOPT_S)
     assert site.living() == before
@@ -175,17 +176,11 @@ def test_a_controller_that_is_held_up_while_it_takes_over_hears_what_was_said_me
 
 
 async def _held_up_while_it_takes_over(site: Site, left_s: float) -> None:
-    serving = site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
-    await site.create()
-    await site.lose(serving)
+    await site.begin_and_lose()
 
     site.engine.freeze("b#0002")  # it will say how it is when we have it say so
     known = len(site.client.snapshots)
-    site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
+    await site.begin_with_client()
     await asyncio.sleep(ADOPT_S - left_s)
     loop: Any = asyncio.get_running_loop()
     loop.now += 4.0
@@ -196,17 +191,11 @@ async def _held_up_while_it_takes_over(site: Site, left_s: float) -> None:
 
 @site
 async def test_who_ends_while_the_engine_opens_is_not_waited_for_and_replaced(site: Site) -> None:
-    serving = site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
-    await site.create()
-    await site.lose(serving)
+    await site.begin_and_lose()
 
     site.engine.opens_s = 0.5
     begun = now()
-    site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
+    await site.begin_with_client()
     for id in site.living():
         site.engine.crash(id)
     await site.client.call("list_backends")
@@ -218,11 +207,7 @@ async def test_who_ends_while_the_engine_opens_is_not_waited_for_and_replaced(si
 
 @site
 async def test_a_shutdown_that_comes_while_the_engine_opens_ends_what_it_finds(site: Site) -> None:
-    serving = site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
-    await site.create()
-    await site.lose(serving)
+    await site.begin_and_lose()
 
     site.engine.opens_s = 0.5
     serving = site.begin()
@@ -247,17 +232,11 @@ async def test_an_engine_that_cannot_open_is_an_error_and_nothing_stays_open(sit
 
 @site
 async def test_a_replica_that_appears_late_is_one_of_those_that_run(site: Site) -> None:
-    serving = site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
-    await site.create()
-    await site.lose(serving)
+    await site.begin_and_lose()
     (late,) = [one for one in site.engine.observe() if one.kind == "replica"]
     hidden = site.engine._living.pop(late.id)
 
-    site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
+    await site.begin_with_client()
     for proxy in site.engine.peers.values():
         proxy.hello()
     site.engine._living[late.id] = hidden
@@ -271,9 +250,7 @@ async def test_a_replica_that_appears_late_is_one_of_those_that_run(site: Site) 
 
 @site
 async def test_one_that_appears_when_its_place_is_taken_may_finish_what_it_has(site: Site) -> None:
-    site.begin()
-    await asyncio.sleep(0)
-    site.client.hello()
+    await site.begin_with_client()
     await site.create()
     late = await site.engine.start_replica(site.engine.started[0])
     (process,) = [one for one in site.engine.observe() if one.id == late]

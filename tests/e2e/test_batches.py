@@ -5,33 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_load import Connection, get, get_many
-from running import cancel, cancelled, died, eventually, on_ray, one_instance
+from running import cancel, cancelled, died, eventually, on_ray
+from under_load import address_of, serve
 
 import headgate
 
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[headgate.Client]:
-    with one_instance(http_options={"port": 0}) as client:
-        yield client
-
-
-def address_of(client: headgate.Client) -> str:
-    assert client.http_address
-    return client.http_address
-
-
-def serve(client: headgate.Client, code: Any, *init_args: Any, **config: Any) -> Any:
-    """A sync handle of the endpoint "it", also at /it."""
-    client.create_backend("it", code, *init_args, config=config)
-    client.create_endpoint("it", backend="it", route="/it")
-    return client.get_handle("it")
+START = {"http_options": {"port": 0}}
 
 
 def batches_of(path: Path) -> list[list[str]]:

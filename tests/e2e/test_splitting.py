@@ -5,28 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_load import Connection, get
-from running import eventually, one_instance
+from running import eventually
+from under_load import address_of
 
 import headgate
 
+START = {"http_options": {"port": 0}}
 KEYS = [f"user-{number}" for number in range(40)]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[headgate.Client]:
-    with one_instance(http_options={"port": 0}) as client:
-        yield client
-
-
-def address_of(client: headgate.Client) -> str:
-    assert client.http_address
-    return client.http_address
 
 
 def says(name: str) -> Callable[..., Any]:

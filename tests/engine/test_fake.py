@@ -35,6 +35,17 @@ def story(seed: int, habits: Habits = Habits()) -> list[tuple[float, Event]]:  #
     return told
 
 
+def begun(engine: FakeEngine, spec: messages.ReplicaSpec = SPEC) -> tuple[str, list[Event]]:
+    """The id of a replica that is started, and what is told from before that on."""
+    told: list[Event] = []
+
+    async def begin() -> str:
+        await engine.open(told.append)
+        return await engine.start_replica(spec)
+
+    return asyncio.run(begin()), told
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_same_seed_tells_the_same_story(seed: int) -> None:
     assert story(seed) == story(seed)
@@ -59,13 +70,7 @@ def test_some_die_while_starting_if_that_is_their_habit() -> None:
 def test_a_frozen_process_says_nothing_and_can_be_killed() -> None:
     clock = VirtualClock()
     engine = FakeEngine(0, clock)
-    told: list[Event] = []
-
-    async def begin() -> str:
-        await engine.open(told.append)
-        return await engine.start_replica(SPEC)
-
-    id = asyncio.run(begin())
+    id, told = begun(engine)
     engine.freeze(id)
     clock.advance(60.0)
     assert told == []
@@ -80,13 +85,7 @@ def test_a_frozen_process_says_nothing_and_can_be_killed() -> None:
 def test_one_that_hangs_never_becomes_ready() -> None:
     clock = VirtualClock()
     engine = FakeEngine(0, clock)
-    told: list[Event] = []
-
-    async def begin() -> None:
-        await engine.open(told.append)
-        await engine.start_replica(messages.ReplicaSpec("iris", 1, "hang", Settings()))
-
-    asyncio.run(begin())
+    _, told = begun(engine, messages.ReplicaSpec("iris", 1, "hang", Settings()))
     clock.advance(3600.0)
     assert told == []
 
@@ -94,13 +93,7 @@ def test_one_that_hangs_never_becomes_ready() -> None:
 def test_a_user_config_that_raises_is_told_and_not_in_force() -> None:
     clock = VirtualClock()
     engine = FakeEngine(0, clock)
-    told: list[Event] = []
-
-    async def begin() -> str:
-        await engine.open(told.append)
-        return await engine.start_replica(SPEC)
-
-    id = asyncio.run(begin())
+    id, told = begun(engine)
     clock.advance(1.0)
     engine.tell(id, messages.Configure(Settings(), 1, "raise: bad user_config"))
     clock.advance(1.0)
@@ -196,13 +189,7 @@ def test_a_node_that_came_is_used_and_one_that_is_not_there_is_not() -> None:
 def test_a_replica_elsewhere_says_where_other_nodes_reach_it() -> None:
     clock = VirtualClock()
     engine = FakeEngine(0, clock, nodes=("a",))
-    told: list[Event] = []
-
-    async def begin() -> None:
-        await engine.open(told.append)
-        await engine.start_replica(SPEC)
-
-    asyncio.run(begin())
+    _, told = begun(engine)
     clock.advance(1.0)
     [event] = told
     assert isinstance(event, Reported)

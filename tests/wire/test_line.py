@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +222,20 @@ def test_who_does_not_hold_the_token_is_not_connected_to(world: World) -> None:
         line.wait_connected()
 
 
-def test_whoever_closes_in_the_middle_of_the_handshake_is_dialled_again(short_dir: Path) -> None:
-    path = str(short_dir / "control.sock")
+@contextmanager
+def dialled(folder: Path) -> Iterator[tuple[Line, socket.socket]]:
+    """A line, and the listener that it connects to, which greets nobody."""
+    path = str(folder / "control.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         line = Line(path, TOKEN, HELLO)
         line.start()
+        yield line, listener
+
+
+def test_whoever_closes_in_the_middle_of_the_handshake_is_dialled_again(short_dir: Path) -> None:
+    with dialled(short_dir) as (line, listener):
         for _ in range(3):
             listener.accept()[0].close()
         line.close()
@@ -235,12 +243,7 @@ def test_whoever_closes_in_the_middle_of_the_handshake_is_dialled_again(short_di
 
 
 def test_who_leaves_does_not_wait_for_a_handshake(short_dir: Path) -> None:
-    path = str(short_dir / "control.sock")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        line = Line(path, TOKEN, HELLO)
-        line.start()
+    with dialled(short_dir) as (line, listener):
         with listener.accept()[0]:
             begun = time.monotonic()
             line.close()
