@@ -140,7 +140,7 @@ _ALL = (
     ),
     peer(
         "headgate-8", "headgate, max_concurrent_queries=8", "headgate_server", HEADGATE, {},
-        arguments=("8",), note="max_concurrent_queries=8, the default of async def handlers",
+        arguments=("8",), note="max_concurrent_queries=8, the default of plain handlers",
     ),
     peer(
         "headgate-ray", "headgate on Ray", "headgate_server", f"{HEADGATE} ray", {},
