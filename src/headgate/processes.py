@@ -1,6 +1,6 @@
 """The entry points of headgate's own processes, by dotted name, so that the engine imports none of them.
 
-The supervisor is executed (engine/boot.py) and forks the others (engine/supervisor.py), each of
+The supervisor is executed (engine/ignition.py) and forks the others (engine/supervisor.py), each of
 which gets one ChildBoot: who it is and the sockets that its role may hold. What they return is
 the exit status; the controller's 0 ends the instance.
 """

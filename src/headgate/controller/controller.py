@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -35,9 +35,6 @@ from headgate.core.state import BackendGoal, Goals
 from headgate.engine.interface import Appeared, Engine, Event, Exited, NodesChanged, Process, Reported
 from headgate.errors import HeadgateError, ProtocolError
 from headgate.wire import messages
-
-if TYPE_CHECKING:
-    pass
 
 log = logs.get("controller")
 

@@ -16,7 +16,7 @@ contention a request travels once, and each router gets its turn.
 
 Of replicas that are equally busy, one that is near goes first: it is on the router's node.
 
-router.py calls `assign` after `release`, `refuse`, `room`, `resume`, `configure`, and if nothing
+backend_route.py calls `assign` after `release`, `refuse`, `room`, `resume`, `configure`, and if nothing
 waits then, hands back `spare_grants`.
 """
 

@@ -6,7 +6,7 @@ due when `max_batch_size` of its requests wait, or when its oldest has waited
 Of several keys that are due, the one with the oldest request goes first.
 
 No clock, no task, no lock: the caller passes `now` in, takes a batch when the handler is free,
-and sleeps until `next_deadline()`. The loop that does so is replica/worker.py.
+and sleeps until `next_deadline()`. What does so is replica/batches.py.
 """
 
 from __future__ import annotations

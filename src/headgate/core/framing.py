@@ -1,7 +1,7 @@
 """Cut a stream of bytes into frames.
 
 A frame is a header of 20 bytes and `length` bytes after it: `meta length` bytes of meta, then
-the payload's own bytes. What a type means for the two ends is wire/link.py's business.
+the payload's own bytes. What a type means for the two ends is said by the subclasses of wire/link.py.
 
 A frame comes out as one plain tuple that points into the bytes that were fed; nothing is copied
 and no object is made per frame. Only a frame that arrives in pieces is put together: a small

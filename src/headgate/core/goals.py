@@ -5,8 +5,8 @@ errors. A change names the control call that asked for it (`call`): when a clien
 call because it got no answer, the goals that already hold it come back as they are.
 
 `snapshot` turns goals and what runs into what routers obey. Which replicas run is
-core/reconcile.py; what a single config field may hold is headgate/config.py; the only
-caller is controller/controller.py.
+core/reconcile.py; what a single config field may hold is headgate/config.py; who changes goals
+are controller/calls.py and controller/backends.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ The usual head passes one pattern over the bytes and one search for the few fiel
 here; all else happens only where one of them is present, or to say what is wrong. Names and
 values are not copied: the replica splits the lines of a head that was accepted.
 
-No socket and no clock: proxy/server.py finds the blank line, reads the body and sets the timers.
+No socket and no clock: proxy/intake.py finds the blank line and reads the body, proxy/server.py looks at deadlines.
 What is answered is built in core/replies.py.
 """
 

@@ -12,7 +12,7 @@ computed from the time, never slept.
 
 An update is blue-green: the new version is a candidate, started and kept beside the goals but
 not served, until `reached`; then it becomes the goal, and one snapshot switches to all of
-it. `goals.snapshot` publishes what `serving` lists; controller/controller.py performs the actions.
+it. `goals.snapshot` publishes what `serving` lists; how an action is performed is controller/actions.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Memory that was written before is three times as fast to write as fresh memory, 
 find page by page. So what is free again is kept for a while: at most so many bytes and pieces, and each
 for a few seconds; the one that was used last is taken first.
 
-No memory and no clock here: a piece is its number and its size. Who holds it is wire/segments.py.
+No memory and no clock here: a piece is its number and its size. Who holds it is wire/segments.py, and
+wire/borrowed.py what a proxy has mapped.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An engine starts processes, passes messages to and from replicas, and says which processes exist.
 It decides nothing: which replica to start, drain or kill is core/reconcile.py's. Each engine obeys
-tests/engine/test_contract.py; local.py is this machine, fake.py is memory and virtual time.
+tests/engine/test_contract.py; local.py is this machine, ray_engine.py a cluster, fake.py memory and virtual time.
 
 Events come in the order in which things happened, from the engine's event loop and never from
 inside one of its plain methods. `Exited` is the last event of a process, comes exactly once,
