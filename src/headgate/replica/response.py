@@ -8,7 +8,7 @@ JSON here is what `json.dumps` writes (NaN stays NaN), with bytes as text, and m
 arrays, dates and the like as one expects. Plain trees go through msgspec, five times as fast; what
 it would write differently is kept away from it by `_is_plain`.
 
-pydantic and numpy are never imported: a value of theirs means that the user has.
+pydantic, numpy, pathlib and starlette.responses are never imported: a value of theirs means that the user has.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Set, Sized, ValuesView
 from itertools import islice
-from pathlib import PurePath
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import msgspec
-from starlette.responses import FileResponse, Response, StreamingResponse
 
 from headgate.errors import BackendError, SerializationError
 from headgate.wire.payload import error_text
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
 
 #: Content-type codes, indices into the table of core/replies.py; OWN_HEADERS: the header block has it.
 TEXT, UTF8_TEXT, JSON, OCTETS, NDJSON, OWN_HEADERS = range(6)
@@ -69,7 +70,7 @@ def encode(result: object) -> Reply | Stream | Asgi:
         return 200, TEXT, None, result
     if result is None:
         return 200, TEXT, None, b""
-    if isinstance(result, Response):
+    if _is_response(result):
         return _encode_response(result)
     if isinstance(result, Generator | AsyncGenerator):
         return Stream(result)
@@ -80,7 +81,7 @@ def encode(result: object) -> Reply | Stream | Asgi:
 
 def runs_on_loop(result: object) -> bool:
     """Whether `encode` may give something that a task on the loop has to run."""
-    return isinstance(result, Response | AsyncGenerator)
+    return isinstance(result, AsyncGenerator) or _is_response(result)
 
 
 def stream_kind(first: object) -> int:
@@ -147,7 +148,14 @@ _LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++: [\t -~\x80-\xff]*+\r\n)
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
+def _is_response(result: object) -> TypeGuard[Response]:
+    kind = getattr(sys.modules.get("starlette.responses"), "Response", None)
+    return kind is not None and isinstance(result, kind)
+
+
 def _encode_response(response: Response) -> Reply | Asgi:
+    from starlette.responses import FileResponse, Response, StreamingResponse
+
     if (
         response.background is not None
         or type(response).__call__ is not Response.__call__
@@ -233,7 +241,9 @@ def _to_json(value: Any) -> Any:
     for known, convert in _CONVERT:
         if isinstance(value, known):
             return convert(value)
-    numpy, pydantic = sys.modules.get("numpy"), sys.modules.get("pydantic")
+    numpy, pydantic, pathlib = map(sys.modules.get, ("numpy", "pydantic", "pathlib"))
+    if pathlib is not None and isinstance(value, pathlib.PurePath):
+        return str(value)
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
         return _numpy_to_json(value, numpy)
     if pydantic is not None and isinstance(value, pydantic.BaseModel):
@@ -303,7 +313,7 @@ _CONVERT: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     (enum.Enum, lambda value: value.value),
     ((datetime.date, datetime.time), lambda value: value.isoformat()),  # a datetime is a date
     (datetime.timedelta, datetime.timedelta.total_seconds),
-    ((uuid.UUID, decimal.Decimal, PurePath), str),
+    ((uuid.UUID, decimal.Decimal), str),
     ((Set, deque, range, ValuesView), list),
     (Mapping, dict),
     (BaseException, str),
