@@ -36,6 +36,7 @@ from simulation import sim_history
 
 from headgate.core import goals as change
 from headgate.core import lifecycle, reconcile
+from headgate.core.defaults import resolve
 from headgate.core.reconcile import Drain, Failures, Reconfigure, Seen, Start, Stop
 from headgate.core.state import BackendGoal, Facts, Goals, Snapshot
 from headgate.errors import ConfigError
@@ -130,7 +131,7 @@ class World:
     # ------------------------------------------------------------ commands
 
     def do_create(self, tag: str, *fields: str) -> None:
-        new = BackendGoal(tag, self.next_version(tag), "code", change.resolve({}, Facts()), Facts())
+        new = BackendGoal(tag, self.next_version(tag), "code", resolve({}, Facts()), Facts())
         change.add_backend(self.goals, new)
         self.candidates.append(_changed(Goals(backends=(new,)), tag, fields))
 

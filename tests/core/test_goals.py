@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from headgate.config import BackendConfig
 from headgate.core import goals as change
 from headgate.core.reconcile import Failures, Seen
 from headgate.core.state import BackendGoal, BackendView, Facts, Goals, ReplicaAddress, Settings
 from headgate.errors import ArgumentError, ConfigError
 
-PLAIN, ASYNC, BATCH = Facts(), Facts(is_async=True), Facts(accepts_batch=True)
+PLAIN, BATCH = Facts(), Facts(accepts_batch=True)
 
 
 def backend(tag, version=1, **more):
@@ -30,53 +29,6 @@ def world(*tags):
 def routed(route="/a", methods=("GET",), name="a", goals=None, **more):
     goals = world() if goals is None else goals
     return change.add_endpoint(goals, name, backend="iris", route=route, methods=list(methods), **more)
-
-
-# ---------------------------------------------------------------- config
-
-
-def test_what_is_not_given_has_its_default():
-    assert change.resolve({}, PLAIN) == Settings()
-
-
-def test_every_config_field_is_understood():
-    fields = BackendConfig().to_dict()
-    fields.pop("user_config")
-
-    assert change.resolve(fields, PLAIN) == Settings()
-
-
-def test_given_values_are_taken_over():
-    settings = change.resolve({"num_replicas": 3, "batch_wait_timeout": 0.5, "max_queued_requests": 0}, PLAIN)
-
-    assert (settings.num_replicas, settings.batch_wait_timeout_s, settings.max_queued_requests) == (3, 0.5, 0)
-
-
-@pytest.mark.parametrize(
-    ("given", "facts", "queries"),
-    [
-        ({}, PLAIN, 8),
-        ({"max_batch_size": None}, BATCH, 8),
-        ({"max_batch_size": 1}, PLAIN, 2),
-        ({"max_batch_size": 5}, BATCH, 10),
-        ({"max_concurrent_queries": None, "max_batch_size": 5}, BATCH, 10),
-        ({"max_concurrent_queries": 3, "max_batch_size": 5}, BATCH, 3),
-        ({}, ASYNC, 100),
-        ({"max_batch_size": 5}, Facts(is_async=True, accepts_batch=True), 100),
-    ],
-)
-def test_concurrent_queries_follow_from_the_code_and_the_batch_size(given, facts, queries):
-    assert change.resolve(given, facts).max_concurrent_queries == queries
-
-
-def test_batches_need_code_that_accepts_them():
-    with pytest.raises(ConfigError, match="accept_batch"):
-        change.resolve({"max_batch_size": 2}, PLAIN)
-
-
-def test_an_unknown_field_is_named():
-    with pytest.raises(ConfigError, match="num_replica'"):
-        change.resolve({"num_replica": 2}, PLAIN)
 
 
 # ---------------------------------------------------------------- backends

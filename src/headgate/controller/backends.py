@@ -16,6 +16,7 @@ from msgspec.structs import asdict, replace
 from headgate import logs
 from headgate.core import goals as change
 from headgate.core import reconcile
+from headgate.core.defaults import resolve
 from headgate.core.state import BackendGoal, Facts, Goals
 from headgate.errors import HeadgateError
 
@@ -60,7 +61,7 @@ class Backends:
         async with self._controller.deployments.turn(new.tag):
             if self._is_repeat(new.tag, call):
                 return await self._settled(new.tag)
-            goal = self._goal(new, BackendGoal(new.tag, 0, "", change.resolve({}, Facts()), Facts()), call)
+            goal = self._goal(new, BackendGoal(new.tag, 0, "", resolve({}, Facts()), Facts()), call)
             change.add_backend(self._controller.goals, goal)
             await self._deploy(goal, new.facts is None, change.add_backend)
         return None
@@ -81,7 +82,7 @@ class Backends:
         # Code that only a replica can load is taken at its word until one has.
         facts = new.facts or Facts(accepts_batch=True)
         given = {**old.given, **new.given}
-        settings = change.resolve(given, facts)
+        settings = resolve(given, facts)
         user_config = old.user_config if new.user_config is None else controller.store.put(new.user_config)
         version = change.next_version(controller.goals, new.tag, controller.fleet.versions(new.tag))
         return BackendGoal(
@@ -104,7 +105,7 @@ class Backends:
         def commit(goals: Goals, reached: BackendGoal) -> Goals:
             facts = self._controller.fleet.facts(reached) if learn else None
             if facts is not None:
-                reached = replace(reached, facts=facts, settings=change.resolve(reached.given, facts))
+                reached = replace(reached, facts=facts, settings=resolve(reached.given, facts))
             changed: Goals = store(goals, reached)
             return changed
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headgate import eventloop, logs
-from headgate.core.goals import resolve
+from headgate.core.defaults import resolve
 from headgate.errors import (
     ArgumentError,
     BackendStartError,
