@@ -122,9 +122,8 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'headgate' has no attribute {name!r}")
-    from importlib import import_module
-
-    value = globals()[name] = getattr(import_module(home), name)
+    __import__(home)  # importlib's import_module would itself take 2 ms to import, before the supervisor is executed
+    value = globals()[name] = getattr(sys.modules[home], name)
     return value
 
 

@@ -34,17 +34,13 @@ ROLES: Mapping[str, Role] = {
     "controller": Role(
         "headgate.processes:controller_main",
         "headgate-ctl",
-        preload=(
-            "headgate.eventloop",
-            "headgate.wire.control",
-            "headgate.engine.local",
-            "headgate.controller.serving",
-        ),
+        # As the proxy, it imports its own modules beside the supervisor.
+        preload=("headgate.eventloop", "headgate.wire.control"),
     ),
     "proxy": Role(
         "headgate.processes:proxy_main",
         "headgate-proxy",
-        # It imports its own modules, beside the supervisor, which is busy with the replicas'.
+        # It imports its own modules beside the supervisor, which is busy with the replicas'.
         unasked=True,  # it boots beside the controller: 40 ms earlier
     ),
     "replica": Role(
@@ -56,9 +52,10 @@ ROLES: Mapping[str, Role] = {
             "anyio.abc",
             "tempfile",
             "starlette.requests",
-            "starlette.responses",
             "cloudpickle",
             "headgate.replica.process",
+            "headgate.wire.thread",
+            "headgate.routers",
         ),
     ),
 }
