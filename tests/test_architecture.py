@@ -63,7 +63,7 @@ PURE = {
 HOMES = {
     "httptools": {"proxy.second_opinion"},
     "uvloop": {"eventloop"},
-    "starlette": {"replica.request", "replica.response", "proxy.asgi"},
+    "starlette": {"replica.request", "replica.response", "replica.slim", "proxy.asgi"},
     "ray": {"engine.cluster"},
 }
 

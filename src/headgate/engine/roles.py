@@ -48,7 +48,7 @@ ROLES: Mapping[str, Role] = {
         "headgate-rep",
         preload=(
             "json",
-            "http.client",
+            "headgate.replica.slim",
             "anyio.abc",
             "tempfile",
             "starlette.requests",
