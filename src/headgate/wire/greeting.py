@@ -6,13 +6,26 @@ proof; the dialer sends its proof last. handshake.py does it on an event loop, l
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import socket
 import struct
+import sys
+from _operator import _compare_digest
+from typing import TYPE_CHECKING
 
 from headgate.errors import ProtocolError
+
+# The interpreter's own SHA-256. hashlib and hmac would load OpenSSL for it: 3 ms and 1.3 MB in a driver, which has
+# no other use for it.
+try:
+    if TYPE_CHECKING:
+        from hashlib import sha256
+    elif sys.version_info >= (3, 12):
+        from _sha2 import sha256
+    else:
+        from _sha256 import sha256
+except ImportError:  # built without it
+    from hashlib import sha256
 
 VERSION = 1
 #: A handshake that takes longer fails.
@@ -24,13 +37,16 @@ _GREETING = struct.Struct("<4sHH32s64s")  # magic, version, reserved, nonce, nam
 _ANSWER = struct.Struct("<4sHH32sQ32s")  # magic, version, reserved, nonce, pid, proof
 _CREDENTIALS = struct.Struct("3i")
 
+_BLOCK_BYTES = 64
+_INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
+
 NONCE_BYTES = PROOF_BYTES = 32
 GREETING_BYTES, ANSWER_BYTES = _GREETING.size, _ANSWER.size
 
 
 def wire_name(name: str) -> str:
     """The name under which a dialer is known to those it dials: its own, or a digest of one too long to send."""
-    return name if len(name.encode()) <= _NAME_BYTES else hashlib.sha256(name.encode()).hexdigest()
+    return name if len(name.encode()) <= _NAME_BYTES else sha256(name.encode()).hexdigest()
 
 
 # --- the dialer ---
@@ -45,7 +61,7 @@ def prove(answer: bytes, nonce: bytes, token: bytes, address: str) -> tuple[byte
     """The dialer's proof, and the pid that the acceptor says it has. ProtocolError if it is not ours."""
     magic, version, _, theirs, pid, proof = _ANSWER.unpack(answer)
     _check_version(magic, version)
-    if not hmac.compare_digest(proof, _proof(token, b"acceptor", nonce, theirs)):
+    if not _compare_digest(proof, _proof(token, b"acceptor", nonce, theirs)):
         raise ProtocolError(f"whoever listens on {address} does not hold this instance's token")
     return _proof(token, b"dialer", nonce, theirs), int(pid)
 
@@ -64,12 +80,23 @@ def answer_to(greeting: bytes, token: bytes) -> tuple[str, bytes, bytes]:
 
 def check_proof(given: bytes, expected: bytes) -> None:
     """Raises ProtocolError unless the dialer holds the token."""
-    if not hmac.compare_digest(given, expected):
+    if not _compare_digest(given, expected):
         raise ProtocolError("the dialer does not hold this instance's token")
 
 
 def _proof(token: bytes, role: bytes, dialer_nonce: bytes, acceptor_nonce: bytes) -> bytes:
-    return hmac.digest(token, role + dialer_nonce + acceptor_nonce, "sha256")
+    return hmac_sha256(token, role + dialer_nonce + acceptor_nonce)
+
+
+def hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """HMAC (RFC 2104) with SHA-256.
+
+    >>> hmac_sha256(b"Jefe", b"what do ya want for nothing?").hex()[:32]  # RFC 4231, test case 2
+    '5bdcc146bf60754e6a042426089575c7'
+    """
+    block = (key if len(key) <= _BLOCK_BYTES else sha256(key).digest()).ljust(_BLOCK_BYTES, b"\0")
+    inner = sha256(block.translate(_INNER) + message).digest()
+    return sha256(block.translate(_OUTER) + inner).digest()
 
 
 def _check_version(magic: bytes, version: int) -> None:
