@@ -62,7 +62,7 @@ _TRIM_S = 5.0
 _QUEUE_S = 0.5
 _LAST_REQUEST_S = 0.1
 _LOOK_S = 0.005
-_THREE_DIGITS = [b"%03x" % number for number in range(0x1000)]
+_TWO_DIGITS = [b"%02x" % number for number in range(0x100)]
 #: How long to wait for a first snapshot before clients are answered without one.
 _SNAPSHOT_S = 2.0
 
@@ -99,7 +99,7 @@ class Server:
         self.leaving = False
         self.count = 0  # requests so far
         self._id_prefix = os.urandom(4).hex().encode() + b"-"
-        self._id_start = b"%b%08x" % (self._id_prefix, 0)
+        self._id_start = b"%b%09x" % (self._id_prefix, 0)
         self.tick_s = max(0.02, min(0.5, self._shortest_timeout_s() / 4))
         self.now = 0.0
         self.date = b""
@@ -126,10 +126,10 @@ class Server:
     def new_id(self) -> bytes:
         """An id for a request that brings none."""
         self.count = count = self.count + 1
-        low = count & 0xFFF
+        low = count & 0xFF
         if not low:
-            self._id_start = b"%b%08x" % (self._id_prefix, count >> 12)
-        return self._id_start + _THREE_DIGITS[low]
+            self._id_start = b"%b%09x" % (self._id_prefix, count >> 8)
+        return self._id_start + _TWO_DIGITS[low]
 
     def borrow(self, owner: Dispatching, size: int) -> Upload | None:
         """Room in the arena for a body, if there is and it pays."""
