@@ -58,18 +58,27 @@ class BackendRoute:
         self._drain = DrainRate()
         self._arrivals = 0
         self._ended = False
-        self._lined = False  # whether anybody waits; asked twice per request
+        self._lined = False  # whether anybody waits
+        self._straight: ReplicaLink | None = None  # to the only replica, while nobody waits
+        self._most = 0  # requests at one replica
+        self.timeout_s: float | None = None
 
     # --- requests ---
 
     def submit(self, caller: Caller) -> None:
         """Send a request, or line it up, or shed it."""
         caller.backend = self
-        if self._cold:
+        caller.order = self._arrivals = self._arrivals + 1
+        link = self._straight
+        if link is not None and link.counted.load < self._most and not caller.tries:
+            link.counted.load += 1
+            link.call(caller, 0)
+        elif self._cold:
             self._wait_for_dial(caller)
-            return
-        self._arrivals += 1
-        caller.order = self._arrivals
+        else:
+            self._submit_to_any(caller)
+
+    def _submit_to_any(self, caller: Caller) -> None:
         if caller.tries:  # routed anew: it stays within the budget
             self.retries.add(caller)
             self.dispatch()
@@ -131,7 +140,13 @@ class BackendRoute:
         is_line = bool(self.waiting)
         if is_line is not self._lined:
             self._lined = is_line
+            self._look_ahead()
             (self._drain.begin if is_line else self._drain.end)(self.router.loop.time(), self.completed)
+
+    def _look_ahead(self) -> None:
+        """Note where the next request goes if that can only be one replica."""
+        only = self.replicas.only
+        self._straight = None if only is None or self._cold or self._lined else self.links[only.name]
 
     def _retry(self) -> None:
         now = self.router.loop.time()
@@ -195,12 +210,14 @@ class BackendRoute:
     def follow(self, view: BackendView) -> None:
         """Obey a newer description of this backend."""
         self.view = view
+        self.timeout_s = view.settings.request_timeout_s
         was, self.addresses = self.addresses, {replica.id: replica for replica in view.replicas}
         self._configure()
         if not self.links.keys() & self.addresses.keys():  # a new version has none of the old one's
             self._cold |= self.addresses.keys() - was.keys()
         for gone in self._cold - self.addresses.keys():
             self._dialled(gone)
+        self._look_ahead()
         for replica in view.replicas:
             if replica.id in self.links:
                 self.links[replica.id].keep()
@@ -237,6 +254,7 @@ class BackendRoute:
     def _dialled(self, replica_id: str) -> None:
         self._cold.discard(replica_id)
         if not self._cold:
+            self._look_ahead()
             early, self._early = self._early, []
             now = self.router.loop.time()
             for caller in early:
@@ -250,7 +268,11 @@ class BackendRoute:
             replica for replica in self.addresses if replica in self.links and not self.links[replica].closed
         ]
         near = [replica for replica in usable if self.addresses[replica].node == self.router.node]
-        self.replicas.configure(usable, self.view.settings.max_concurrent_queries, near=near)
+        self._most = self.view.settings.max_concurrent_queries
+        self.replicas.configure(usable, self._most, near=near)
+        for replica in usable:
+            self.links[replica].counted = self.replicas.replica(replica)
+        self._look_ahead()
 
     def lost(self, link: ReplicaLink) -> None:
         """The link ended: its replica gets nothing more, unless it is still listed and answers again."""
@@ -295,8 +317,8 @@ class BackendRoute:
         """The backend was deleted."""
         self._ended = True
         self.addresses = {}
-        self._configure()
         self._cold.clear()
+        self._configure()
         early, self._early = self._early, []
         for caller in early:
             self.router.route_again(caller)

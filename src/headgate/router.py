@@ -64,6 +64,8 @@ class Router:
         self.loop = asyncio.get_running_loop()
         self.backends: dict[str, BackendRoute] = {}
         self.endpoints: dict[str, Endpoint] = {}
+        #: The backend of an endpoint that has this one alone, and no shadow.
+        self._sole: dict[str, tuple[Endpoint, BackendRoute]] = {}
         self.timed: set[Caller] = set()  # callers with a deadline, waiting or in flight
         self._stale: list[tuple[int, Caller]] = []  # fenced: wait for a newer snapshot
         self._sweeper: asyncio.TimerHandle | None = None
@@ -77,6 +79,10 @@ class Router:
         """Send a request. Its answer, or its failure, comes through the caller's methods."""
         caller.gone = caller.answering = caller.ran_twice = False
         caller.tries = 0
+        sole = self._sole.get(endpoint.name)
+        if sole is not None and sole[0] is endpoint:
+            self._send(endpoint, sole[1], caller, shard_key)
+            return
         if endpoint.traffic.shadows:  # first: once the caller is sent, it may be used for another request
             self._shadow(endpoint, caller)
         self._choose(endpoint, caller, shard_key)
@@ -88,10 +94,13 @@ class Router:
         backend = self.backends.get(tag)
         if backend is None:
             caller.on_failure(EndpointNotFound(f"endpoint {endpoint.name!r} has no backend {tag!r} any more"))
-            return
+        else:
+            self._send(endpoint, backend, caller, shard_key)
+
+    def _send(self, endpoint: Endpoint, backend: BackendRoute, caller: Caller, shard_key: str | None) -> None:
         caller.endpoint = endpoint
         caller.shard_key = shard_key
-        timeout_s = backend.view.settings.request_timeout_s
+        timeout_s = backend.timeout_s
         if timeout_s is not None or caller.deadline != _NEVER:
             self._set_deadline(caller, timeout_s)
             if caller.deadline <= self.loop.time():
@@ -152,6 +161,7 @@ class Router:
             return
         self.snapshot = snapshot
         self.endpoints = {endpoint.name: endpoint for endpoint in snapshot.endpoints}
+        self._sole = {}
         views = {view.tag: view for view in snapshot.backends}
         deleted = [self.backends.pop(tag) for tag in list(self.backends) if tag not in views]
         for tag, view in views.items():
@@ -161,6 +171,11 @@ class Router:
             elif backend.view is view:  # what a change does not concern is the same object (core/deltas.py)
                 continue
             backend.follow(view)
+        self._sole = {
+            endpoint.name: (endpoint, backend)
+            for endpoint in snapshot.endpoints
+            if (backend := self.backends.get(traffic.sole(endpoint.traffic))) is not None
+        }
         for backend in deleted:
             backend.end()
         self._resubmit_stale()
@@ -214,6 +229,7 @@ class Router:
             for link in list(backend.links.values()):
                 link.discard()
         self.backends.clear()
+        self._sole.clear()
 
 
 def _late(caller: Caller) -> RequestTimeout:

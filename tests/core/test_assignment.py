@@ -258,6 +258,20 @@ def test_a_replica_that_stays_keeps_its_count():
     assert reserved(replicas, 4) == ["b", "b", "a", "b"]
 
 
+def test_who_holds_a_replica_may_count_itself_while_its_requests_last():
+    replicas = following("a", "b")
+    assert replicas.only is None
+    replica = replicas.replica("b")
+    replica.load += 1
+    replicas.configure(["a"], 2)
+    replicas.configure(["b"], 2)
+
+    assert replicas.only is replicas.replica("b") is replica
+    assert replicas.in_flight("b") == 1
+    replica.load -= 1
+    assert replicas.idle("b")
+
+
 def test_a_replica_that_was_removed_gets_nothing_more_but_keeps_its_count():
     replicas = following("a", "b", limit=2)
     reserved(replicas, 4)

@@ -196,6 +196,18 @@ def test_an_end_inside_a_big_frame_is_an_error_that_says_how_far_it_came():
         framer.finish()
 
 
+def test_it_is_between_frames_where_the_next_byte_begins_one():
+    framer = Framer()
+    for content in (b"", bytes(BIG + 1)):
+        frame = framing.pack(framing.DATA, 0, 0, 1, 0, len(content)) + content
+        assert framer.is_between
+        framer.feed(frame[:-1])
+        assert not framer.is_between
+        framer.feed(frame[-1:])
+
+    assert framer.is_between
+
+
 def test_an_end_between_frames_is_none():
     framer = Framer()
     framer.feed(STREAM)

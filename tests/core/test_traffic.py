@@ -19,6 +19,7 @@ from headgate.core.traffic import (
     check_weights,
     choose,
     shadows,
+    sole,
     uses,
     with_shadow,
     with_weights,
@@ -165,6 +166,14 @@ def test_a_shard_key_means_the_same_in_every_version_and_process() -> None:
 def test_an_empty_shard_key_is_a_key() -> None:
     policy = Traffic(weights=(("a", 0.5), ("b", 0.5)))
     assert choose(policy, 0.0, "") == choose(policy, 0.9, "")
+
+
+def test_one_backend_without_shadows_gets_every_request() -> None:
+    alone = Traffic(weights=(("a", 1.0),))
+
+    assert sole(alone) == "a"
+    assert sole(with_weights(alone, (("a", 1.0), ("b", 0.0)))) == ""
+    assert sole(with_shadow(alone, "b", 0.1)) == ""
 
 
 # --- shadows --------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ class MemorySlots(headgate.wire.slots.SlotPage):
     """The real one, on memory that needs no system call."""
 
     def __init__(self) -> None:
-        self._map: Any = Page(_SLOTS)
-        self.fd: Any = self._map
+        self.marks: Any = Page(_SLOTS)
+        self.fd: Any = self.marks
         self.free: list[int] = []
         self._next = 0
 

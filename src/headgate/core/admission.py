@@ -68,6 +68,9 @@ class Admission(Generic[Link]):
         want   how many more requests its router has waiting for this replica; send the links
                of `rooms()` their ROOM after an offer with one
         """
+        if not (want or self._kept or self._owed) and self._held < self._limit:  # most
+            self._held += 1
+            return True
         if self._kept and link in self._reserved:
             self._unreserve(link, 1)
             accepted = True

@@ -28,7 +28,7 @@ from typing import TypeVar
 
 from .waiting import Waiter, Waiting
 
-__all__ = ["ReplicaSet", "Waiter", "Waiting", "assign"]
+__all__ = ["Replica", "ReplicaSet", "Waiter", "Waiting", "assign"]
 
 _CLOSED = 1 << 40  # added to the load of a replica that gets nothing without a grant
 _COUNT = _CLOSED - 1
@@ -40,8 +40,12 @@ T = TypeVar("T", bound=Waiter)
 _by_load = attrgetter("load")
 
 
-class _Replica:
-    """One replica as this router counts it."""
+class Replica:
+    """One replica as this router counts it: `load` are the requests that it has of ours.
+
+    Who holds it may count without its name: `load` grows when a request takes a slot, if it was below the limit, and
+    falls when one ends.
+    """
 
     __slots__ = ("asked", "far", "grants", "load", "name", "plain", "suspended", "turn")
 
@@ -69,19 +73,20 @@ class ReplicaSet:
 
     chance   a random number in [0, 1); asked for where there are more than four replicas, and again
              where some of them are near
+    only     the one replica, where there is one
     """
 
-    __slots__ = ("_chance", "_granted", "_known", "_leaving", "_limit", "_near", "_only", "_replicas", "_turn")
+    __slots__ = ("_chance", "_granted", "_known", "_leaving", "_limit", "_near", "_replicas", "_turn", "only")
 
     def __init__(self, chance: Callable[[], float]) -> None:
         self._chance = chance
         self._limit = 0
-        self._known: dict[str, _Replica] = {}
-        self._leaving: dict[str, _Replica] = {}  # removed, with requests in flight or grants owed
-        self._replicas: tuple[_Replica, ...] = ()
-        self._near: tuple[_Replica, ...] = ()  # none if all are
-        self._only: _Replica | None = None  # the fast path of one replica
-        self._granted: dict[str, _Replica] = {}  # those with grants
+        self._known: dict[str, Replica] = {}
+        self._leaving: dict[str, Replica] = {}  # removed, with requests in flight or grants owed
+        self._replicas: tuple[Replica, ...] = ()
+        self._near: tuple[Replica, ...] = ()  # none if all are
+        self.only: Replica | None = None
+        self._granted: dict[str, Replica] = {}  # those with grants
         self._turn = 0
 
     def configure(self, names: Iterable[str], limit: int, near: Collection[str] = ()) -> None:
@@ -91,13 +96,13 @@ class ReplicaSet:
         out gets nothing more, and is remembered while it has requests in flight or owes grants.
         """
         before = self._leaving | self._known
-        self._known = {name: before[name] if name in before else _Replica(name) for name in names}
-        self._leaving = {name: gone for name, gone in before.items() if name not in self._known}
+        self._known = {name: before[name] if name in before else Replica(name) for name in names}
+        self._leaving = {name: gone for name, gone in before.items() if gone.load and name not in self._known}
         for gone in tuple(self._leaving.values()):
             gone.suspended, gone.grants = False, 0
             self._settle(gone)
         self._replicas = tuple(self._known.values())
-        self._only = self._replicas[0] if len(self._replicas) == 1 else None
+        self.only = self._replicas[0] if len(self._replicas) == 1 else None
         self._limit = limit
         self._prefer(near)
 
@@ -109,7 +114,7 @@ class ReplicaSet:
         """
         if self._granted:
             return self._use_grant(behind)
-        replica = self._only
+        replica = self.only
         if replica is None:
             replica = self._least_busy()
             if replica is None:
@@ -121,11 +126,11 @@ class ReplicaSet:
 
     def release(self, name: str) -> None:
         """A request that had a slot has ended. Exactly once for each `reserve`."""
-        try:
-            self._known[name].load -= 1
-        except KeyError:
-            self._leaving[name].load -= 1
-            self._settle(self._leaving[name])
+        self._find(name).load -= 1
+
+    def replica(self, name: str) -> Replica:
+        """The counts of a replica that was configured; another object only after it was left out."""
+        return self._known[name]
 
     def refuse(self, name: str) -> None:
         """BUSY came for a request: its slot is given back, and the replica owes us a grant."""
@@ -188,7 +193,7 @@ class ReplicaSet:
         """Whether this router has no request there, so that the link may be closed."""
         return self.in_flight(name) == 0
 
-    def _find(self, name: str) -> _Replica:
+    def _find(self, name: str) -> Replica:
         return self._known.get(name) or self._leaving[name]
 
     def _prefer(self, names: Collection[str]) -> None:
@@ -199,16 +204,16 @@ class ReplicaSet:
             replica.far = _FAR if self._near and replica not in near else 0
             replica.turn = replica.turn % _FAR + replica.far
 
-    def _least_busy(self) -> _Replica | None:
+    def _least_busy(self) -> Replica | None:
         """The replica with the fewest of our requests; of equals, a near one; the one not chosen for longest."""
-        among: tuple[_Replica, ...] = self._replicas
+        among: tuple[Replica, ...] = self._replicas
         least = self._limit
         if (size := len(among)) > _FEW:  # "power of two choices": Mitzenmacher 1996
             first, second = divmod(int(self._chance() * size * (size - 1)), size - 1)
             pair = among[first], among[second + (second >= first)]
             if pair[0].load < least or pair[1].load < least:
                 among = pair + self._near_pair() if self._near else pair
-        best: _Replica | None = None
+        best: Replica | None = None
         for replica in among:
             load = replica.load
             if load < least or (best is not None and load == least and replica.turn < best.turn):
@@ -218,7 +223,7 @@ class ReplicaSet:
             best.turn = turn + best.far if self._near else turn
         return best
 
-    def _near_pair(self) -> tuple[_Replica, _Replica]:
+    def _near_pair(self) -> tuple[Replica, Replica]:
         """Two neighbours; one twice where only one is near."""
         at = int(self._chance() * len(self._near))
         return self._near[at - 1], self._near[at]
@@ -234,7 +239,7 @@ class ReplicaSet:
         self._settle(replica)
         return replica.name, want
 
-    def _settle(self, replica: _Replica) -> None:
+    def _settle(self, replica: Replica) -> None:
         """Bring what is derived from the counts up to date."""
         closed = replica.suspended or replica.asked or replica.grants
         replica.load = (replica.load & _COUNT) + (_CLOSED if closed else 0)
@@ -242,8 +247,6 @@ class ReplicaSet:
             self._granted[replica.name] = replica
         else:
             self._granted.pop(replica.name, None)
-        if not replica.load:
-            self._leaving.pop(replica.name, None)
 
 
 def assign(

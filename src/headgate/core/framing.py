@@ -87,7 +87,7 @@ class Framer:
         start = HEADER_BYTES
         while start <= size:
             length, kind, flags, meta, slot, argument = unpack(data, position)
-            if kind > CONTROL or kind < CALL or meta > length or length > MAX_FRAME_BYTES:
+            if kind > CONTROL or not kind or meta > length:
                 raise _broken(kind, meta, length)
             end = start + length
             if end > size:
@@ -102,6 +102,8 @@ class Framer:
     def _begin(self, data: bytes, position: int, head: tuple[int, int, int, int, int], length: int) -> None:
         """Remember a frame whose header is there and whose end is not."""
         start = position + HEADER_BYTES
+        if length > MAX_FRAME_BYTES:
+            raise _broken(head[0], head[2], length)
         if length <= BIG:
             self._keep(data, position, start + length - len(data))
             return
@@ -113,6 +115,11 @@ class Framer:
     def _keep(self, data: bytes, position: int, missing: int) -> None:
         self._pieces.append(data[position:])
         self._missing = missing
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the next byte begins a frame."""
+        return not self._pieces and self._big is None
 
     @property
     def expected(self) -> int:

@@ -95,6 +95,11 @@ def _point(shard_key: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
+def sole(traffic: Traffic) -> str:
+    """The tag of the backend that gets every request; "" where there are several, or a shadow gets a copy."""
+    return traffic.weights[0][0] if len(traffic.weights) == 1 and not traffic.shadows else ""
+
+
 def shadows(traffic: Traffic, chance: Callable[[], float]) -> list[str]:
     """The tags that get a copy of this request; `chance` is asked once for each shadow."""
     return [tag for tag, proportion in traffic.shadows if chance() < proportion]

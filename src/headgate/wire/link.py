@@ -76,6 +76,12 @@ class Link(asyncio.BufferedProtocol):
         """Frames arrived, in order."""
         raise NotImplementedError
 
+    def on_bytes(self, data: bytes) -> None:
+        """Bytes arrived, none of which belong to a frame with a buffer of its own."""
+        frames = self._framer.feed(data)
+        if frames:
+            self.on_frames(frames)
+
     def on_end(self) -> None:
         """The connection has ended and was read dry. Called exactly once."""
 
@@ -90,9 +96,13 @@ class Link(asyncio.BufferedProtocol):
         if len(self._out) >= TOGETHER:
             self.flush()
         elif not self._scheduled and not self.is_reading:
-            self._scheduled = True
-            assert self._call_soon is not None
-            self._call_soon(self.flush)
+            self.schedule()
+
+    def schedule(self) -> None:
+        """Have what was sent written at the end of this turn of the loop."""
+        self._scheduled = True
+        assert self._call_soon is not None
+        self._call_soon(self.flush)
 
     def send_at_once(self, data: bytes) -> None:
         """Write `data`, whole frames, now: for what nothing else of this turn would join."""
@@ -163,10 +173,10 @@ class Link(asyncio.BufferedProtocol):
         try:
             if self._framer.expected:
                 frames = self._framer.big_filled(nbytes)
+                if frames:
+                    self.on_frames(frames)
             else:
-                frames = self._framer.feed(self._view[:nbytes].tobytes())
-            if frames:
-                self.on_frames(frames)
+                self.on_bytes(self._view[:nbytes].tobytes())
         except ProtocolError as error:
             log.error("a link broke the protocol and was closed: %s", error)
             self.abort()

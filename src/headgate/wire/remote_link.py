@@ -6,12 +6,14 @@ ended nobody can say what had started: whatever was sent whole counts as started
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 from headgate.core import framing
 from headgate.wire.handshake import dial
 from headgate.wire.link import open_link
 from headgate.wire.replica_link import ReplicaLink, Slots
+from headgate.wire.slots import SLOTS
 
 if TYPE_CHECKING:
     from headgate.core.state import ReplicaAddress
@@ -25,6 +27,7 @@ class _Numbers:
 
     def __init__(self) -> None:
         self.free: list[int] = []
+        self.marks = mmap.mmap(-1, SLOTS)  # which nobody reads
         self._next = 0
 
     def passed(self) -> None:
@@ -42,7 +45,7 @@ class _Numbers:
         return True
 
     def close(self) -> None:
-        """There is nothing to close."""
+        self.marks.close()
 
 
 class RemoteReplicaLink(ReplicaLink):

@@ -16,23 +16,29 @@ import struct
 from typing import TYPE_CHECKING, Protocol
 
 from headgate.core import framing
+from headgate.core.assignment import Replica
 from headgate.errors import ProtocolError
 from headgate.wire.borrowed import place_of
 from headgate.wire.caller import NEVER as _NEVER
 from headgate.wire.caller import Abandoned, Caller, Hub, Line
 from headgate.wire.handshake import dial
-from headgate.wire.link import PIECE_BYTES, WINDOW_BYTES, Frame, Source, open_link
+from headgate.wire.link import PIECE_BYTES, TOGETHER, WINDOW_BYTES, Frame, Source, open_link
 from headgate.wire.sharing import SharingLink
 from headgate.wire.slots import SlotPage
 
 if TYPE_CHECKING:
+    from mmap import mmap
+
     from headgate.core.state import ReplicaAddress
 
 __all__ = ["Caller", "ReplicaLink", "Slots"]
 
 _pack = framing.HEADER.pack
+#: As a header, with a CALL's argument in its parts: remaining ms, head length, want.
+_pack_call = struct.Struct("<IBBHIIHH").pack
+_unpack, _HEADER_BYTES = framing.HEADER.unpack_from, framing.HEADER_BYTES
 _REPLY, _MORE, _CALL, _SEGMENT = framing.REPLY, framing.MORE, framing.CALL, framing.SEGMENT
-_NOT_HERE = framing.MORE | framing.SEGMENT
+_NOT_HERE = _MORE | _SEGMENT
 _TOTAL = struct.Struct("<Q")
 _MAX_MS = 0xFFFFFFFF
 #: A body up to this size goes in its CALL; a larger one in pieces, so that it holds up nobody.
@@ -41,10 +47,11 @@ _DEATH_S = 1.0
 
 
 class Slots(Protocol):
-    """Hands out slots. `free` is where a slot goes back to (slots.SlotPage)."""
+    """Hands out slots. `free` is where a slot goes back to, `marks` has a byte for each (slots.SlotPage)."""
 
     fd: int | None
     free: list[int]
+    marks: mmap
 
     def passed(self) -> None: ...
     def take(self) -> int: ...
@@ -61,14 +68,14 @@ class ReplicaLink(SharingLink):
         self._router = router
         self._backend = backend
         self._page: Slots = self._make_slots()
+        self._free, self._marks = self._page.free, self._page.marks
         self._pending: dict[int, Caller] = {}
+        self.counted = Replica(replica.id)  # until backend_route.py sets the one that counts
         self._uploads: list[tuple[int, memoryview]] = []
         self._pidfd = -1
         self._pong_at = router.loop.time()
         self._silent = False
         self._retired = False
-        self._replica_id = replica.id
-        self._release_slot = backend.replicas.release
 
     def _make_slots(self) -> Slots:
         return SlotPage()
@@ -80,23 +87,36 @@ class ReplicaLink(SharingLink):
         if caller.flags & _SEGMENT and not self._lend(caller):
             self._call_inline(caller, want)
             return
-        slot = self._page.take()
-        self._pending[slot] = caller
+        slot = -1
+        try:  # as SlotPage.take
+            slot = self._free.pop()
+            self._marks[slot] = 0
+        except IndexError:  # none is free, or it has no byte
+            if slot < 0:
+                slot = self._page.take()
+        pending = self._pending
+        is_alone = not pending
+        pending[slot] = caller
         caller.link = self
         caller.slot = slot
-        head, body, meta = caller.head, caller.body, caller.meta
-        remaining = 0
-        if caller.deadline != _NEVER:
-            remaining = min(_MAX_MS, max(1, int((caller.deadline - self._router.loop.time()) * 1000)))
-        arg = want << 48 | len(head) << 32 | remaining
-        size = len(meta) + len(head) + len(body)
+        meta, head, body = caller.meta, caller.head, caller.body
+        meta_bytes, head_bytes = len(meta), len(head)
+        size = meta_bytes + head_bytes + len(body)
+        remaining = 0 if caller.deadline == _NEVER else self._remaining_ms(caller)
         if size <= WHOLE_BYTES:
-            frame = _pack(size, _CALL, caller.flags, len(meta), slot, arg)
-            send = self.send_at_once if len(self._pending) == 1 else self.send
-            send(b"".join((frame, meta, head, body)))
+            frame = _pack_call(size, _CALL, caller.flags, meta_bytes, slot, remaining, head_bytes, want)
+            out = self._out
+            out.append(b"".join((frame, meta, head, body)))
+            if is_alone or len(out) >= TOGETHER:
+                self.flush()
+            elif not (self._scheduled or self.is_reading):
+                self.schedule()
         else:
-            self._upload(slot, caller.flags, arg, meta, head, memoryview(body))
+            self._upload(caller, remaining, want)
         caller.on_assigned()
+
+    def _remaining_ms(self, caller: Caller) -> int:
+        return min(_MAX_MS, max(1, int((caller.deadline - self._router.loop.time()) * 1000)))
 
     def _call_inline(self, caller: Caller, want: int) -> None:
         """As `call`, for a replica that cannot read the body where it lies; one it goes to later may."""
@@ -114,11 +134,12 @@ class ReplicaLink(SharingLink):
         self.lent.add(caller.segment)
         return True
 
-    def _upload(self, slot: int, flags: int, arg: int, meta: bytes, head: bytes, body: memoryview) -> None:
+    def _upload(self, caller: Caller, remaining: int, want: int) -> None:
+        meta, head, slot = caller.meta, caller.head, caller.slot
         size = len(meta) + len(head) + 8
-        first = _pack(size, framing.CALL, flags | framing.MORE, len(meta), slot, arg)
-        self.send(b"".join((first, meta, head, _TOTAL.pack(len(body)))))
-        self._uploads.append((slot, body))
+        first = _pack_call(size, _CALL, caller.flags | _MORE, len(meta), slot, remaining, len(head), want)
+        self.send(b"".join((first, meta, head, _TOTAL.pack(len(caller.body)))))
+        self._uploads.append((slot, memoryview(caller.body)))
         if len(self._uploads) == 1:
             self._pump()
 
@@ -161,6 +182,38 @@ class ReplicaLink(SharingLink):
         self.send(_pack(0, framing.PING, 0, 0, 0, 0))
 
     # --- receiving ---
+
+    def on_bytes(self, data: bytes) -> None:
+        """What most links receive, answers that are whole, without a tuple for each frame.
+
+        From the first frame on that is anything else, all goes the way of `on_frames`.
+        """
+        if not self._framer.is_between:
+            super().on_bytes(data)
+            return
+        pending, free, counted = self._pending, self._free, self.counted
+        position, start, size = 0, _HEADER_BYTES, len(data)
+        answers = 0
+        while start <= size:
+            length, kind, flags, meta_len, slot, arg = _unpack(data, position)
+            end = start + length
+            if kind != _REPLY or flags & _NOT_HERE or end > size or meta_len > length:
+                break
+            caller = pending.pop(slot)
+            free.append(slot)
+            caller.link = None
+            counted.load -= 1
+            if caller.deadline != _NEVER:
+                self._in_time(caller)
+            caller.on_reply(arg, flags, meta_len, data, start, end)
+            answers += 1
+            position, start = end, end + _HEADER_BYTES
+        if answers:
+            self._backend.answered(answers)
+        if position < size:
+            super().on_bytes(data[position:] if position else data)
+        elif self._retired and not pending:
+            self.close()
 
     def on_frames(self, frames: list[Frame]) -> None:
         pending = self._pending
@@ -266,11 +319,14 @@ class ReplicaLink(SharingLink):
         caller = self._pending.pop(slot)
         self._page.free.append(slot)
         caller.link = None
-        self._release_slot(self._replica_id)
+        self.counted.load -= 1
         if caller.deadline != _NEVER:
-            self._router.timed.discard(caller)
-            caller.deadline = _NEVER
+            self._in_time(caller)
         return caller
+
+    def _in_time(self, caller: Caller) -> None:
+        self._router.timed.discard(caller)
+        caller.deadline = _NEVER
 
     def _forget(self, slot: int) -> Caller:
         caller = self._pending.pop(slot)

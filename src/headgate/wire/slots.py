@@ -38,13 +38,14 @@ def map_memory(fd: int) -> mmap.mmap:
 class SlotPage:
     """The router's side: hands out slots, those used last first.
 
-    free   where a slot goes back to once its request has had its last answer
+    free    where a slot goes back to once its request has had its last answer
+    marks   a byte for each slot, 0: not started
     """
 
     def __init__(self) -> None:
         fd = make_memory("headgate-slots", SLOTS)
         self.fd: int | None = fd
-        self._map = mmap.mmap(fd, SLOTS)
+        self.marks = mmap.mmap(fd, SLOTS)
         self.free: list[int] = []
         self._next = 0
 
@@ -62,14 +63,14 @@ class SlotPage:
             slot = self._next
             self._next += 1
         if slot < SLOTS:
-            self._map[slot] = 0
+            self.marks[slot] = 0
         return slot
 
     def started(self, slot: int) -> bool:
         """Whether user code may have begun to run for the request in `slot`."""
-        return slot >= SLOTS or self._map[slot] != 0
+        return slot >= SLOTS or self.marks[slot] != 0
 
     def close(self) -> None:
         """Unmap; no other call may follow."""
         self.passed()
-        self._map.close()
+        self.marks.close()
