@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import gc
 import logging
 import pickle
@@ -483,6 +484,90 @@ def test_a_cancelled_task_cancels_its_request() -> None:
             await asyncio.wait_for(async_handle(instance, "echo").remote(), 1)
         assert len(instance.router().cancelled) == 2
         assert not instance.router().waiting
+
+    in_memory(main)
+
+
+def test_a_cancelled_call_says_what_its_task_was_told_and_later_calls_have_their_own_answers() -> None:
+    async def main(instance: MemoryInstance) -> None:
+        hold, echo = async_handle(instance, "hold"), async_handle(instance, "echo")
+        assert await echo.call(1) == 1
+        task = asyncio.create_task(hold.call())
+        while not instance.held:
+            await turns(1)
+        task.cancel("no time")
+        instance.held.pop().answer("late")
+        with pytest.raises(asyncio.CancelledError, match="no time"):
+            await task
+        assert await asyncio.gather(*map(echo.call, range(5))) == [0, 1, 2, 3, 4]
+
+    in_memory(main)
+
+
+def test_a_task_that_is_cancelled_when_its_answer_is_there_is_cancelled_all_the_same() -> None:
+    async def main(instance: MemoryInstance) -> None:
+        task = asyncio.create_task(async_handle(instance, "hold").call())
+        while not instance.held:
+            await turns(1)
+        instance.held.pop().answer(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert instance.router().cancelled == []
+
+    in_memory(main)
+
+
+def test_calls_that_ended_in_every_way_leave_nothing_to_the_next_ones() -> None:
+    async def main(instance: MemoryInstance) -> None:
+        echo, fail = async_handle(instance, "echo"), async_handle(instance, "fail")
+        for number in range(3):
+            assert await echo.call(number) == number
+            assert await echo.options(timeout_s=1.0).call(number) == number
+            assert await echo.call(b"x" * 100_000) == b"x" * 100_000
+            with pytest.raises(BackendError):
+                await fail.call()
+            assert await echo.call(a=number) is None
+        await asyncio.sleep(2.0)
+        assert await echo.call("end") == "end"
+        assert len({received.request_id for received in instance.received}) == 16
+
+    in_memory(main)
+
+
+def test_a_task_that_ends_the_program_does_not_hold_up_those_answered_with_it() -> None:
+    ended = []
+
+    async def call(handle: AsyncServeHandle, number: int) -> None:
+        assert await handle.call(number) == number
+        ended.append(number)
+        if number == 1:
+            raise SystemExit
+
+    with asyncio.Runner() as runner:
+        instance = MemoryInstance(dict(HANDLERS))
+        handle = async_handle(instance, "echo")
+
+        async def main() -> None:
+            await asyncio.gather(*(call(handle, number) for number in range(4)), return_exceptions=True)
+
+        with pytest.raises(SystemExit):
+            runner.run(main())
+        runner.run(asyncio.sleep(0.01))
+    assert ended == [0, 1, 2, 3]
+
+
+def test_a_task_that_awaits_a_call_keeps_its_context() -> None:
+    name: contextvars.ContextVar[int] = contextvars.ContextVar("name")
+
+    async def call(handle: AsyncServeHandle, number: int) -> None:
+        name.set(number)
+        assert await handle.call(number) == number
+        assert name.get() == number
+
+    async def main(instance: MemoryInstance) -> None:
+        handle = async_handle(instance, "echo")
+        await asyncio.gather(*(call(handle, number) for number in range(5)))
 
     in_memory(main)
 

@@ -826,6 +826,54 @@ async def test_a_removed_replica_s_link_is_closed_once_it_is_idle(rig: Rig) -> N
     await until(lambda: replica.links[0].closed)
 
 
+@pytest.mark.parametrize("cut", range(0, 140, 7))
+def test_answers_may_come_in_any_order_and_cut_anywhere(folder: Path, cut: int) -> None:
+    @routed
+    async def told(rig: Rig) -> None:
+        replica = rig.replica("r1")
+        endpoint = rig.publish({"b": [replica]})
+        callers = [Asked() for _ in range(4)]
+        for caller in callers:
+            rig.router.submit(endpoint, caller)
+        await until(lambda: len(replica.calls) == 4)
+        (link, one, _), (_, two, _), (_, three, _), (_, four, _) = replica.calls
+        stream = b"".join(
+            pack(len(body), kind, flags, 0, slot, arg) + body
+            for kind, flags, slot, arg, body in (
+                (framing.REPLY, 0, one, 200, b"one"),
+                (framing.REPLY, framing.MORE | framing.STREAM, two, 200, b"two"),
+                (framing.REPLY, 0, three, 201, b"three"),
+                (framing.DATA, 0, two, 0, b"more"),
+                (framing.END, 0, two, 0, b""),
+                (framing.REPLY, 0, four, 202, b"four"),
+            )
+        )
+        assert len(stream) == 139
+        link.send_at_once(stream[:cut])
+        await settle()
+        link.send_at_once(stream[cut:])
+        assert [await caller.result() for caller in callers] == [
+            ("reply", 200, b"one"), ("end",), ("reply", 201, b"three"), ("reply", 202, b"four"),
+        ]  # fmt: skip
+        assert callers[1].got == [("start", 200), ("data", b"more"), ("end",)]
+
+    told(folder)
+
+
+@routed
+async def test_what_came_whole_before_a_broken_frame_is_an_answer(rig: Rig) -> None:
+    replica = rig.replica("r1")
+    endpoint = rig.publish({"b": [replica]})
+    one, two = Asked(), Asked()
+    rig.router.submit(endpoint, one)
+    rig.router.submit(endpoint, two)
+    await until(lambda: len(replica.calls) == 2)
+    (link, first, _), (_, second, _) = replica.calls
+    link.send(pack(1, framing.REPLY, 0, 0, first, 200) + b"1" + pack(1, framing.REPLY, 0, 2, second, 200) + b"2")
+    assert await one.result() == ("reply", 200, b"1")
+    assert isinstance(await two.result(), ReplicaDied)
+
+
 @routed
 async def test_a_broken_frame_closes_the_link_and_a_new_one_is_made(rig: Rig) -> None:
     replica = rig.replica("r1").echo()

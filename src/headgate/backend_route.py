@@ -70,8 +70,8 @@ class BackendRoute:
         caller.backend = self
         caller.order = self._arrivals = self._arrivals + 1
         link = self._straight
-        if link is not None and link.counted.load < self._most and not caller.tries:
-            link.counted.load += 1
+        if link is not None and (counted := link.counted).load < self._most and not caller.tries:
+            counted.load += 1
             link.call(caller, 0)
         elif self._cold:
             self._wait_for_dial(caller)

@@ -13,8 +13,10 @@ import asyncio
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
-from itertools import count
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextvars import Context
+from itertools import product
 from time import monotonic
 from typing import Any, Protocol
 
@@ -44,13 +46,16 @@ _ERRORS: dict[int, type[HeadgateError]] = {
 }
 
 _taking = threading.Lock()
-_numbers = count(1)
-_process = b""
+_DIGITS = tuple(b"%02x" % number for number in range(256))
+#: The start of each CALL's meta: that of an array of 6, and the request id, a str of 25: the process, then a number.
+_starts: Iterator[bytes] = iter(())
 
 
 def _name_process() -> None:
-    global _process
-    _process = os.urandom(6).hex().encode()
+    """Number calls anew; iterators that are not Python code, so that any thread may ask for the next one."""
+    global _starts
+    start = b"\x96\xb9%b-" % os.urandom(6).hex().encode()
+    _starts = map(b"".join, product((start,), *[_DIGITS] * 6))
 
 
 _name_process()
@@ -70,7 +75,7 @@ class Options(msgspec.Struct, frozen=True):
 class Target:
     """Where calls go and what they have in common, encoded once."""
 
-    __slots__ = ("_plain", "_with_kwargs", "endpoint", "flags", "missing_ok", "options")
+    __slots__ = ("_with_kwargs", "endpoint", "flags", "missing_ok", "options", "plain")
 
     def __init__(self, endpoint: str, missing_ok: bool, options: Options) -> None:
         self.endpoint = endpoint
@@ -78,13 +83,12 @@ class Target:
         self.options = options
         self.flags = framing.VALUE | (framing.HEAD if options.method_name else 0)
         fields = (endpoint, options.method_name, options.http_method, options.http_headers)
-        self._plain = msgspec.msgpack.encode((*fields, False))[1:]  # without the array's own length
+        self.plain = msgspec.msgpack.encode((*fields, False))[1:]  # without the array's own length
         self._with_kwargs = msgspec.msgpack.encode((*fields, True))[1:]
 
     def meta(self, has_kwargs: bool) -> bytes:
         """A CALL's meta with a new request id: [id, endpoint, method, http method, headers, has kwargs]."""
-        rest = self._with_kwargs if has_kwargs else self._plain
-        return b"\x96\xb9%b-%012x%b" % (_process, next(_numbers), rest)  # array of 6, str of 25
+        return next(_starts) + (self._with_kwargs if has_kwargs else self.plain)
 
 
 class Way(Protocol):
@@ -96,6 +100,9 @@ class Way(Protocol):
 
     def put(self, call: Call) -> None:
         """Submit it, from any thread."""
+
+    def wake(self, call: AwaitedCall) -> None:
+        """It is done, or was cancelled: have the task that awaits it go on in the loop's next turn; on the loop."""
 
     def submit(self, call: Call) -> None:
         """Submit it, on the loop."""
@@ -124,7 +131,7 @@ class Call(Caller):
 
     __slots__ = (
         "_buffer", "_filled", "_is_passed_on", "_is_taken", "_waiters", "answering", "assigned", "backend", "body",
-        "deadline", "done", "endpoint", "error", "expires", "flags", "future", "gone", "head", "lane", "link", "meta",
+        "deadline", "done", "endpoint", "error", "expires", "flags", "gone", "head", "lane", "link", "meta",
         "on_assignment", "order", "raised", "ran_twice", "raw", "segment", "shard_key", "slot", "target", "tries",
     )  # fmt: skip
 
@@ -143,7 +150,6 @@ class Call(Caller):
         self.error: HeadgateError | None = None  # one that came without bytes
         self.expires: float | None = None  # on time.monotonic
         self.on_assignment: Callable[[], object] | None = None
-        self.future: asyncio.Future[None] | None = None  # of the lane's loop, for one that awaits `done` there
         self._buffer: bytearray | None = None
         self._filled = 0
         self._is_taken = False  # `raw` belongs to the value
@@ -154,12 +160,13 @@ class Call(Caller):
 
     def fill(self, data: object, kwargs: dict[str, Any]) -> None:
         """Encode the arguments; SerializationError if one cannot travel."""
-        if kwargs:
-            self._carry(payload.encode((data, kwargs)))
-            self.meta = self.target.meta(True)
+        parts = payload.encode((data, kwargs) if kwargs else data)
+        body = parts[0]
+        if len(parts) == 1 and len(body) < SMALLEST_BYTES:  # most
+            self.body = body
         else:
-            self._carry(payload.encode(data))
-            self.meta = self.target.meta(False)
+            self._carry(parts)
+        self.meta = self.target.meta(True) if kwargs else next(_starts) + self.target.plain
 
     def fill_encoded(self, body: Any) -> None:
         """As `fill` without keyword arguments, with data that was encoded before."""
@@ -167,9 +174,6 @@ class Call(Caller):
         self.meta = self.target.meta(False)
 
     def _carry(self, parts: Sequence[payload.Buffer]) -> None:
-        if len(parts) == 1 and len(parts[0]) < SMALLEST_BYTES:  # most
-            self.body = parts[0]
-            return
         self.segment = segment = self.lane.segments.write(parts)
         if segment is None:
             self.body = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -276,12 +280,88 @@ class Call(Caller):
         if waiter is not None:
             self.on_assignment = None
             waiter()
-        future = self.future
-        if future is not None and not future.done():
-            future.set_result(None)
         waiters = self._waiters
         while waiters:
             try:
                 waiters.pop()()
             except IndexError:  # `on_done` or `forget` took the last one
                 break
+
+
+class AwaitedCall(Call):
+    """A call that one task awaits, on its lane's loop. Once its value was taken, `spare` has it for another one.
+
+    It is what the task waits for, so that there is no future: asyncio takes for one whatever has
+    `_asyncio_future_blocking`. Of a future's two costs, to be made and to have the loop call back each task by itself,
+    the first is none and the second shared: the tasks of all answers of one read go on in one turn (Lane.wake).
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_is_cancelled", "_message", "_spare", "_waiting")
+
+    def __init__(self, lane: Way, target: Target, spare: deque[AwaitedCall]) -> None:
+        super().__init__(lane, target)
+        self._spare = spare
+        self._asyncio_future_blocking = self._is_cancelled = False
+        self._waiting: tuple[Context, Callable[[AwaitedCall], None]] | None = None  # what has the task go on
+        self._message: object = None
+
+    def __await__(self) -> Generator[AwaitedCall, None, None]:
+        self._asyncio_future_blocking = True
+        return iter((self,))  # type: ignore[return-value]  # as a generator that yields it once, but without a frame
+
+    def go_on(self) -> None:
+        """Go on with the task; from the loop only, not from within a task."""
+        waiting = self._waiting
+        if waiting is not None:  # else it went on before: it was cancelled as well
+            self._waiting = None
+            waiting[0].run(waiting[1], self)
+
+    def take(self) -> Any:
+        """The value; raises the error. To be asked once, and then nothing more."""
+        raw = self.raw
+        if type(raw) is not bytes or self.raised or self.tries or self.expires is not None:
+            return super().take()
+        self.done = False
+        self.raw = None
+        self.body = b""
+        self._spare.append(self)
+        return payload.decode(raw)
+
+    # --- the future that a task waits for ---
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self.lane.loop
+
+    def add_done_callback(self, go_on: Callable[[AwaitedCall], None], *, context: Context) -> None:
+        self._waiting = context, go_on
+
+    def result(self) -> None:
+        if self._is_cancelled:
+            raise asyncio.CancelledError() if self._message is None else asyncio.CancelledError(self._message)
+
+    def cancel(self, msg: object = None) -> bool:
+        """Its task is cancelled: it goes on with that error, and gives the call up itself."""
+        if self.done or self._is_cancelled:
+            return False
+        self._is_cancelled = True
+        self._message = msg
+        self.lane.wake(self)
+        return True
+
+    # --- what the router calls ---
+
+    def on_assigned(self) -> None:
+        """Nobody waits for that alone."""
+
+    def on_reply(self, arg: int, flags: int, meta_len: int, source: Any, start: int, end: int) -> None:
+        if self.segment is None and not self.done:
+            self.raw = source[start + meta_len : end]
+            self.done = True
+            self.lane.wake(self)
+        else:
+            super().on_reply(arg, flags, meta_len, source, start, end)
+
+    def _end(self, raw: Any) -> None:
+        if not self.done:
+            super()._end(raw)
+            self.lane.wake(self)

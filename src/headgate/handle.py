@@ -186,30 +186,27 @@ class AsyncServeHandle(_Handle):
     async def call(self, data: Any = None, /, **kwargs: Any) -> Any:
         """Send a request and return its answer; as ServeHandle.call. Cancelling it cancels the request."""
         lane = self._reach.lane_at_hand() or await self._reach.lane_here()
+        call = lane.awaited(self._target)
         if kwargs or type(data) not in PLAIN:
-            call = await self._send(lane, data, kwargs)
+            await self._send(call, lane, data, kwargs)
         else:
-            call = Call(lane, self._target)
             call.fill(data, kwargs)
             lane.submit(call)
         if not call.done:
-            call.future = future = call.lane.loop.create_future()
             try:
-                await future
+                await call
             except asyncio.CancelledError:
-                call.lane.cancel(call)
+                lane.cancel(call)
                 raise
         return call.take()
 
-    async def _send(self, lane: Lane, data: Any, kwargs: dict[str, Any]) -> Call:
-        """A call with arguments that may have to be waited for, on its way."""
+    async def _send(self, call: Call, lane: Lane, data: Any, kwargs: dict[str, Any]) -> None:
+        """Fill and submit a call with arguments that may have to be waited for."""
         if _is_request(data):
             data = await _with_body(data)
-        call = Call(lane, self._target)
         if lane.actors is not None and any_ref(lane.actors.is_ref, data, kwargs):
             data, kwargs = await settle_here(call, lane.actors.is_ref, data, kwargs)
         self._start(call, data, kwargs)
-        return call
 
     def _start(self, call: Call, data: Any, kwargs: dict[str, Any]) -> None:
         if has_refs(data, kwargs):

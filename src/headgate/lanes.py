@@ -17,7 +17,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from headgate.calls import Call
+from headgate.calls import AwaitedCall, Call, Target
 from headgate.errors import EndpointNotFound, InstanceError, RequestCancelled, RequestTimeout
 from headgate.instance import Instance
 from headgate.reservations import Actors
@@ -28,6 +28,8 @@ from headgate.wire.segments import Store
 
 #: How long a call of a handle with missing_ok waits for its endpoint.
 MISSING_S = 5.0
+#: Awaited calls that are kept to be used again.
+_MOST_SPARE = 1024
 _SWEEP_S = 0.25  # how soon a call notices that its instance has ended
 
 
@@ -45,6 +47,9 @@ class Lane:
         self.closed = False
         self.segments = Store(self._later, loop.time)
         self._router: Router | None = None
+        self._spare: deque[AwaitedCall] = deque(maxlen=_MOST_SPARE)
+        self._woken: deque[AwaitedCall] = deque()
+        self._is_waking = False
         self._arrived: deque[Call] = deque()
         self._scheduled = False
         self._missing: dict[Call, asyncio.TimerHandle] = {}  # -> what ends its patience
@@ -93,12 +98,12 @@ class Lane:
         self._scheduled = False
         arrived = self._arrived
         while arrived:
-            self.submit(arrived.popleft())
+            call = arrived.popleft()
+            if not call.done:
+                self.submit(call)
 
     def submit(self, call: Call) -> None:
         """Give a call to the router. It fails as any other way: through the call."""
-        if call.done:
-            return
         router = self._router
         if router is None or router.closed:
             router = self._open()
@@ -118,6 +123,33 @@ class Lane:
             self._miss(call)
             return
         router.submit(endpoint, call, call.target.options.shard_key)
+
+    def awaited(self, target: Target) -> AwaitedCall:
+        """A call to be filled, submitted and awaited."""
+        if not self._spare or target.options.timeout_s is not None:
+            return AwaitedCall(self, target, self._spare)
+        call = self._spare.pop()
+        call.target = target
+        call.flags = target.flags
+        return call
+
+    def wake(self, call: AwaitedCall) -> None:
+        """It is done, or was cancelled: have the task that awaits it go on in the loop's next turn."""
+        self.pending.discard(call)
+        self._woken.append(call)
+        if not self._is_waking:
+            self._is_waking = True
+            self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        woken = self._woken
+        try:
+            for _ in range(len(woken)):
+                woken.popleft().go_on()
+        finally:  # a task that ends with SystemExit or KeyboardInterrupt ends this too
+            self._is_waking = bool(woken)
+            if woken:
+                self.loop.call_soon(self._go_on)
 
     def expire(self, call: Call) -> None:
         """Have a call that waits for its arguments end at its deadline."""

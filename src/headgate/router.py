@@ -81,8 +81,12 @@ class Router:
         caller.tries = 0
         sole = self._sole.get(endpoint.name)
         if sole is not None and sole[0] is endpoint:
-            self._send(endpoint, sole[1], caller, shard_key)
-            return
+            backend = sole[1]
+            if backend.timeout_s is None and caller.deadline == _NEVER:
+                caller.endpoint = endpoint
+                caller.shard_key = shard_key
+                backend.submit(caller)
+                return
         if endpoint.traffic.shadows:  # first: once the caller is sent, it may be used for another request
             self._shadow(endpoint, caller)
         self._choose(endpoint, caller, shard_key)

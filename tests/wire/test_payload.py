@@ -79,10 +79,16 @@ def test_bytes_text_and_none_are_not_pickled(value):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, 2**70, int.from_bytes(b"__main__"), 1.5, True, [1, "a"], ("a", None)], ids=str
+    "value", [2**31, 2**70, int.from_bytes(b"__main__"), 1.5, True, [1, "a"], ("a", None)], ids=str
 )
 def test_what_needs_no_buffers_is_its_pickle(value):
     assert payload.encode(value) == [pickle.dumps(value, 5)]
+    assert there_and_back(value) == value
+
+
+@pytest.mark.parametrize("value", [0, -1, 255, 2**31 - 1, -(2**31)])
+def test_a_small_int_is_a_pickle_too(value):
+    assert [pickle.loads(part) for part in payload.encode(value)] == [value]
     assert there_and_back(value) == value
 
 

@@ -42,8 +42,13 @@ ALIGNMENT = 64
 _COUNT = struct.Struct("<BI")  # kind, number of lengths that follow: the pickle's, then each buffer's
 _NONE, _BYTES, _TEXT, _CLOUDPICKLE = (bytes((kind,)) for kind in (NONE, BYTES, TEXT, CLOUDPICKLE))
 #: What needs no second look once it is pickled: it has neither buffers nor names.
-_NUMBERS = frozenset((int, float, bool))
+_NUMBERS = frozenset((float, bool))
 _dumps, _loads = pickle.dumps, pickle.loads
+#: The pickle of an int of 32 bits, a quarter of the time that the pickler takes.
+_pack_int = struct.Struct("<3sic").pack
+_INT, _STOP = pickle.PROTO + b"\x05" + pickle.BININT, pickle.STOP
+#: bytes and text up to this size go in one buffer with their first byte.
+_JOIN_BYTES = 4096
 
 
 def encode(value: object) -> list[Buffer]:
@@ -53,17 +58,24 @@ def encode(value: object) -> list[Buffer]:
     raises because it is not meant to travel (a Client, for one).
     """
     kind = type(value)
+    if kind is int:
+        try:
+            return [_pack_int(_INT, value, _STOP)]
+        except struct.error:  # a large one
+            return [_dumps(value, 5)]
     if kind in _NUMBERS:
         return [_dumps(value, 5)]
     if value is None:
         return [_NONE]
     if kind is bytes:
-        return [_BYTES, value]  # type: ignore[list-item]
+        return [_BYTES, value] if len(value) > _JOIN_BYTES else [_BYTES + value]  # type: ignore[list-item, arg-type, operator]
     if kind is str:
         try:
-            return [_TEXT, value.encode()]  # type: ignore[attr-defined]
+            text = value.encode()  # type: ignore[attr-defined]
         except UnicodeEncodeError:  # a lone surrogate, which pickle can carry
             pass
+        else:
+            return [_TEXT, text] if len(text) > _JOIN_BYTES else [_TEXT + text]
     if kind is bytearray:
         value = pickle.PickleBuffer(value)  # type: ignore[arg-type]
     return _encode_pickle(value)
@@ -78,9 +90,15 @@ def decode(buffer: Buffer, own: bool = False) -> Any:
     Raises ProtocolError for bytes that `encode` did not make, SerializationError for a value that
     cannot be rebuilt here.
     """
-    kind = buffer[0] if len(buffer) else -1
+    try:
+        kind = buffer[0]
+    except IndexError:
+        kind = -1
     if kind == PICKLE:
-        return _load(buffer, ())
+        try:
+            return _loads(buffer)
+        except Exception as error:  # the classes named in it run their own code
+            raise _not_rebuilt(error) from error
     view = memoryview(buffer)
     if kind == BYTES:
         return bytes(view[1:])
@@ -243,8 +261,12 @@ def _split(view: memoryview) -> list[memoryview]:
 def _load(pickled: Buffer, buffers: Any) -> Any:
     try:
         return _loads(pickled, buffers=buffers)
-    except Exception as error:  # the classes named in it run their own code
-        raise SerializationError(
-            f"a value from another process cannot be rebuilt here ({error_text(error)}); "
-            "the class must be importable on both sides, and unpickle"
-        ) from error
+    except Exception as error:  # as in `decode`
+        raise _not_rebuilt(error) from error
+
+
+def _not_rebuilt(error: Exception) -> SerializationError:
+    return SerializationError(
+        f"a value from another process cannot be rebuilt here ({error_text(error)}); "
+        "the class must be importable on both sides, and unpickle"
+    )
