@@ -21,7 +21,7 @@ def test_calls_are_accepted_up_to_the_limit_over_all_links_together():
 def test_a_slot_that_comes_free_while_nobody_waits_is_anybody_s():
     slots = full()
 
-    assert slots.free() is None
+    assert slots.free() == []
     assert slots.offer("b")
 
 
@@ -31,7 +31,7 @@ def test_a_slot_that_comes_free_is_kept_for_the_link_that_was_refused():
     slots.offer("b")
     assert slots.owes
 
-    assert slots.free() == "b"
+    assert slots.free() == ["b"]
     assert not slots.owes
     assert (slots.held, slots.reserved) == (1, 1)
     assert not slots.offer("a")
@@ -39,17 +39,53 @@ def test_a_slot_that_comes_free_is_kept_for_the_link_that_was_refused():
     assert (slots.held, slots.reserved) == (2, 0)
 
 
-def test_it_is_open_to_everybody_while_a_slot_is_free_and_nobody_waits_for_it():
+def test_there_is_room_for_everybody_while_slots_are_free_and_nobody_waits_for_one():
     slots = Admission(limit=2)
-    seen = [slots.is_open]
+    seen = [slots.room]
     for link in "aab":
         slots.offer(link)
-        seen.append(slots.is_open)
+        seen.append(slots.room)
     slots.free()  # kept for "b"
-    seen.append(slots.is_open)
+    seen.append(slots.room)
     slots.offer("b")
     slots.free()
-    assert [*seen, slots.is_open] == [True, True, False, False, False, True]
+    assert [*seen, slots.room] == [2, 1, 0, 0, 0, 1]
+
+
+def test_there_is_no_room_above_a_limit_that_was_lowered():
+    slots = full(limit=2)
+    slots.set_limit(1)
+    assert slots.room == 0
+
+
+def test_calls_that_there_is_room_for_are_taken_together():
+    slots = Admission(limit=3)
+    slots.take("a", 2)
+    assert (slots.held, slots.room) == (2, 1)
+    slots.take("a", 0)
+    assert slots.free(2) == []
+    assert (slots.held, slots.room) == (0, 3)
+
+
+def test_calls_that_are_taken_use_the_grants_of_their_link_first():
+    slots = full(limit=3)
+    assert not slots.offer("b")
+    assert slots.free() == ["b"]
+    slots.free()
+    assert (slots.held, slots.reserved, slots.room) == (1, 1, 1)
+    slots.take("b", 1)
+    assert (slots.held, slots.reserved, slots.room) == (2, 0, 1)
+    slots.free(2)
+    slots.offer("c", want=1), slots.rooms()
+    slots.take("a", 1)  # a grant of another's stays
+    assert (slots.held, slots.reserved, slots.room) == (2, 1, 0)
+
+
+def test_slots_that_come_free_together_go_to_those_who_wait_in_turn():
+    slots = full(limit=3)
+    for link in "bcb":
+        assert not slots.offer(link)
+    assert slots.free(2) == ["b", "c"]
 
 
 def test_refused_links_take_turns_however_many_calls_each_lost():
@@ -57,7 +93,7 @@ def test_refused_links_take_turns_however_many_calls_each_lost():
     for link in "bbbbcd":
         assert not slots.offer(link)
 
-    assert [slots.free() for _ in range(6)] == ["b", "c", "d", "b", "b", "b"]
+    assert [slots.free() for _ in range(6)] == [["b"], ["c"], ["d"], ["b"], ["b"], ["b"]]
     assert slots.reserved == 6
 
 
@@ -66,11 +102,11 @@ def test_a_granted_call_may_ask_for_more():
     slots.offer("b")
     slots.offer("c")
 
-    assert slots.free() == "b"
+    assert slots.free() == ["b"]
     assert slots.offer("b", want=2)
     assert slots.rooms() == []  # none is free
-    assert [(slots.free(), slots.offer(link)) for link in "cbb"] == [("c", True), ("b", True), ("b", True)]
-    assert slots.free() is None
+    assert [(slots.free(), slots.offer(link)) for link in "cbb"] == [(["c"], True), (["b"], True), (["b"], True)]
+    assert slots.free() == []
 
 
 def test_what_a_call_asks_for_is_granted_at_once_where_slots_are_free():
@@ -85,7 +121,7 @@ def test_a_refused_call_that_asks_for_more_is_owed_both():
     slots = full(limit=3)
     slots.offer("b", want=1)
 
-    assert [slots.free() for _ in range(3)] == ["b", "b", None]
+    assert [slots.free() for _ in range(3)] == [["b"], ["b"], []]
 
 
 def test_nobody_overtakes_a_link_that_is_owed_a_slot():
@@ -100,7 +136,7 @@ def test_grants_that_are_handed_back_go_to_the_next_in_turn():
     slots = full()
     for link in "bbc":
         slots.offer(link)
-    assert [slots.free(), slots.free()] == ["b", "c"]
+    assert slots.free(2) == ["b", "c"]
 
     assert slots.hand_back("b", 1) == ["b"]
     assert slots.hand_back("b", 1) == []
@@ -131,10 +167,10 @@ def test_a_link_that_ended_gives_up_its_grants_and_its_turn():
     slots = full()
     for link in "bbc":
         slots.offer(link)
-    assert slots.free() == "b"
+    assert slots.free() == ["b"]
 
     assert slots.forget("b") == ["c"]
-    assert slots.free() is None
+    assert slots.free() == []
     assert slots.forget("unheard of") == []
 
 
@@ -153,9 +189,9 @@ def test_a_lowered_limit_takes_nothing_back_and_lets_nothing_in():
 
     assert slots.set_limit(1) == []
     assert slots.offer("b")
-    assert [slots.free(), slots.free()] == [None, None]
+    assert [slots.free(), slots.free()] == [[], []]
     assert not slots.offer("b")
-    assert slots.free() == "b"
+    assert slots.free() == ["b"]
 
 
 @given(
@@ -176,7 +212,7 @@ def test_no_steps_exceed_the_limit_or_leave_a_free_slot_while_somebody_is_owed(l
             owed[link] += want + (not accepted)
             rooms = slots.rooms()
         elif what == "free" and slots.held:
-            rooms = [] if (room := slots.free()) is None else [room]
+            rooms = slots.free()
         elif what == "back" and granted[link]:
             granted[link] -= 1
             rooms = slots.hand_back(link, 1)

@@ -517,9 +517,9 @@ class Replica:
 
     def end_call(self, place):
         link, request = self.calls.pop(place)
-        room = self.slots.free()
+        rooms = self.slots.free()
         link.up.append(("REPLY", request))
-        self.send_rooms([] if room is None else [room])
+        self.send_rooms(rooms)
 
     def set_limit(self, limit):
         self.limit, self.ceiling = limit, max(limit, self.ceiling)

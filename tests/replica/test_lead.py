@@ -294,9 +294,9 @@ async def test_slots_are_freed_under_the_lock_whoever_does_it(stage: Stage) -> N
     owned: list[bool] = []
     freed = stage.worker.freed
 
-    def noted() -> None:
-        owned.append(stage.worker.lock._is_owned())  # type: ignore[attr-defined]
-        freed()
+    def noted(count: int) -> None:
+        owned.extend([stage.worker.lock._is_owned()] * count)  # type: ignore[attr-defined]
+        freed(count)
 
     stage.worker.freed = noted  # type: ignore[method-assign]
     for slot in range(10):

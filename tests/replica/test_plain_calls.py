@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from replica_rig import Rig, RouterEnd, pack, served
 
-import headgate.replica.job
+import headgate.replica.links
 from headgate.core import framing
 from headgate.core.admission import Admission
 from headgate.replica import plain_calls
@@ -35,8 +35,8 @@ def now() -> float:
 @pytest.fixture(autouse=True)
 def _virtual(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level("CRITICAL")
-    monkeypatch.setattr(plain_calls, "perf_counter", now)
-    monkeypatch.setattr(headgate.replica.job, "monotonic", now)
+    monkeypatch.setattr(plain_calls, "monotonic", now)
+    monkeypatch.setattr(headgate.replica.links, "monotonic", now)
 
 
 class Handler:
@@ -298,14 +298,14 @@ async def test_an_interruption_between_two_calls_does_not_lose_those_that_wait(r
     router, _, _ = await linked(rig)
     times: Iterator[Any] = iter([0.0, 0.0, TimeoutError("an alarm of the user's"), *[0.0] * 10])
 
-    def perf_counter() -> float:
+    def monotonic() -> float:
         time = next(times)
         if isinstance(time, BaseException):
             raise time
         return float(time)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain_calls, "perf_counter", perf_counter)
+        patch.setattr(plain_calls, "monotonic", monotonic)
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         call(router, *[QUICK] * 5)
         await rest(rig)
@@ -337,14 +337,19 @@ async def test_a_call_that_comes_right_after_an_answer_is_admitted_and_never_one
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("replica_rig.RouterEnd", Eager)
         ends: list[Any] = [(await linked(rig))[0] for _ in range(2)]
-        offer = Admission.offer
+        take, offer = Admission.take, Admission.offer
 
-        def counted(*arguments: Any) -> bool:
-            accepted = offer(*arguments)
-            held.append(rig.worker.admission.held)
+        def taken(self: Any, link: Any, count: int) -> None:
+            take(self, link, count)
+            held.extend([self.held] * count)
+
+        def offered(self: Any, *arguments: Any) -> bool:
+            accepted = offer(self, *arguments)
+            held.append(self.held)
             return accepted
 
-        patch.setattr(Admission, "offer", counted)
+        patch.setattr(Admission, "take", taken)
+        patch.setattr(Admission, "offer", offered)
         for one, other in (ends, ends[::-1]):
             one.other = other
         call(ends[0], QUICK, QUICK)

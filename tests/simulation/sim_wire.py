@@ -23,8 +23,9 @@ from simulation.sim_loop import ProcessLoop
 
 import headgate.backend_route
 import headgate.controller.health
+import headgate.replica.async_calls
 import headgate.replica.batches
-import headgate.replica.job
+import headgate.replica.links
 import headgate.replica.plain_calls
 import headgate.wire.control
 import headgate.wire.remote_link
@@ -335,8 +336,9 @@ class Network:
             (replica_link, "PIECE_BYTES", PIECE_BYTES),
             (control, "Acceptor", MemoryAcceptor),
             (headgate.replica.batches, "monotonic", self.world.time),
-            (headgate.replica.job, "monotonic", self.world.time),
-            (headgate.replica.plain_calls, "perf_counter", self.world.time),
+            (headgate.replica.links, "monotonic", self.world.time),
+            (headgate.replica.plain_calls, "monotonic", self.world.time),
+            (headgate.replica.async_calls, "monotonic", self.world.time),
             (headgate.controller.health, "is_stopped_in_proc", self._is_stopped),
             (Caller, "__hash__", hash_of),
             (Link, "__hash__", hash_of),

@@ -28,7 +28,7 @@ class Admission(Generic[Link]):
     >>> slots.offer("proxy"), slots.offer("notebook")
     (True, False)
     >>> slots.free()                     # the proxy's call ended: ROOM(1) goes to the notebook
-    'notebook'
+    ['notebook']
     >>> slots.offer("proxy"), slots.offer("notebook")
     (False, True)
     """
@@ -58,9 +58,9 @@ class Admission(Generic[Link]):
         return bool(self._owed)
 
     @property
-    def is_open(self) -> bool:
-        """Whether any link's call would be accepted, without a grant."""
-        return not self._owed and self._held + self._kept < self._limit
+    def room(self) -> int:
+        """How many calls of any link would be accepted, without a grant."""
+        return 0 if self._owed else max(0, self._limit - self._held - self._kept)
 
     def offer(self, link: Link, want: int = 0) -> bool:
         """A call came in on `link`: True takes a slot, False means BUSY.
@@ -84,10 +84,16 @@ class Admission(Generic[Link]):
             self._owed[link] = self._owed.get(link, 0) + want
         return accepted
 
-    def free(self) -> Link | None:
-        """An accepted call ended; the link that gets ROOM(1) for its slot, if one is owed."""
-        self._held -= 1
-        return self._next() if self._owed else None
+    def take(self, link: Link, count: int) -> None:
+        """`count` calls came in on `link`, no more than there is `room` for: they are accepted."""
+        self._held += count
+        if self._kept:
+            self._unreserve(link, count)
+
+    def free(self, count: int = 1) -> list[Link]:
+        """So many accepted calls ended; the links that get ROOM(1) each for their slots, in turn."""
+        self._held -= count
+        return self.rooms() if self._owed else []
 
     def rooms(self) -> list[Link]:
         """Reserve the free slots for those who are owed: the links that get ROOM(1) each, in turn."""

@@ -12,21 +12,22 @@ or has callbacks, or somebody still refers to it.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import types
 from collections import deque
 from contextvars import copy_context
 from sys import getrefcount
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import getweakrefcount
 
-from headgate.replica.outcome import WHOLE
+from headgate.replica.job import NEVER
+from headgate.replica.response import WHOLE
+from headgate.wire.link import TOGETHER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
 
-    from headgate.replica.callable import Method
     from headgate.replica.job import Job, Outcome
     from headgate.replica.worker import Worker
 
@@ -41,24 +42,24 @@ class AsyncCalls:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.waiting: deque[tuple[Job, Method]] = deque()  # not begun
+        self.waiting: deque[Job] = deque()  # not begun
         self.free: list[Runner] = []
         self.runners: set[Runner] = set()
         self.context = copy_context()  # what each call begins with
         self._loop = asyncio.get_running_loop()
         self._is_scheduled = False
         self._is_beginning = False
-        self._answered: list[Job] = []  # in this turn; not freed yet
+        self._answered: list[tuple[Job, bytes]] = []  # in this turn, with what is to be written
 
     @property
     def is_busy(self) -> bool:
         """Whether anything of a call runs or will; it may outlast its request."""
         return len(self.runners) > len(self.free)
 
-    def add(self, job: Job, method: Method) -> None:
-        """Begin a call when the read that brought it ends, or in the next turn of the loop."""
-        self.waiting.append((job, method))
-        if not job.link.is_reading:
+    def add(self, jobs: list[Job]) -> None:
+        """Begin calls when the read that brought them ends, or in the next turn of the loop."""
+        self.waiting.extend(jobs)
+        if not jobs[0].link.is_reading:
             self.go_on()
 
     def go_on(self) -> None:
@@ -88,23 +89,40 @@ class AsyncCalls:
                 self.runners.add(Runner(self, self._loop))
 
     def _settle(self) -> None:
-        """Free what the calls of this turn held, together, and have their answers written."""
+        """Write the answers of calls of this turn, those of one link together, and free what they held."""
         answered, self._answered = self._answered, []
-        links = {job.link for job in answered}
-        with self.worker.lock:
-            for job in answered:
-                self.worker.end(job)
-        for link in links:
-            link.flush()
+        if not answered:
+            return
+        try:
+            self._write(answered)
+        except BaseException:  # a signal handler of the user's raised: nobody knows what was written
+            for job, _ in answered:
+                job.link.abort()
+            raise
+        finally:
+            with self.worker.lock:
+                self.worker.end([job for job, _ in answered])
 
-    async def answer(self, job: Job, method: Method) -> None:
+    def _write(self, answered: list[tuple[Job, bytes]]) -> None:
+        frames: list[bytes] = []
+        link = answered[0][0].link
+        for job, frame in answered:
+            if job.link is not link:
+                link.send_at_once(b"".join(frames))
+                frames.clear()
+                link = job.link
+            frames.append(frame)
+        link.send_at_once(b"".join(frames))
+
+    async def answer(self, job: Job) -> None:
         """Make a call and answer it."""
-        outcome: Outcome | None = job.refusal()
+        outcome: Outcome | None
         outcomes = self.worker.outcomes
-        if outcome is None:
+        if job.cancelled or (job.deadline is not NEVER and job.deadline < monotonic()):
+            outcome = job.refusal()
+        else:
             try:
-                job.mark_started()
-                request = job.request(True)
+                method, request = job.method, job.begin(True)
                 call = method.function(request) if method.takes_request else method.function()
                 result = await call
                 if type(result) in WHOLE:
@@ -114,10 +132,11 @@ class AsyncCalls:
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
                 outcome = outcomes.failure(job, error)
         if type(outcome) is bytes and self._is_beginning and not self.worker.is_fork:
-            if not job.link.closed:
-                job.link.send(outcome)
-            job.deadline = math.inf  # is met: watch.py looks at it until the job is freed
-            self._answered.append(job)
+            self._answered.append((job, outcome))
+            if job.deadline is not NEVER:
+                job.deadline = NEVER  # is met: watch.py looks at it until the job is freed
+            if len(self._answered) >= TOGETHER:
+                self._settle()
         elif outcome is not None:
             self.worker.finish(job, outcome)
 
@@ -181,7 +200,8 @@ class Runner:
 
     @types.coroutine
     def _make_calls(self) -> Generator[Any, Any, None]:
-        calls, waiting, task = self._calls, self._calls.waiting, self.task
+        calls, waiting = self._calls, self._calls.waiting
+        task: Any = self.task
         yield from self._be_free()
         name, callbacks = task.get_name(), _callbacks(task)
         refs, weak_refs = getrefcount(task), getweakrefcount(task)  # nobody else knows it yet
@@ -189,7 +209,7 @@ class Runner:
             getrefcount(task) == refs
             and getweakrefcount(task) == weak_refs
             and not task.cancelling()
-            and not getattr(task, "_must_cancel", False)
+            and not task._must_cancel
             and _callbacks(task) == callbacks
             and task.get_name() == name
         ):
@@ -198,21 +218,21 @@ class Runner:
                     return
                 yield from self._be_free()
                 continue
-            job, method = waiting.popleft()
-            job.task = task
-            call = calls.answer(job, method)
+            job = waiting.popleft()
+            call = calls.answer(job)
             run = calls.context.copy().run
             try:
                 awaited = run(call.send, None)
             except StopIteration:
                 pass
             else:
+                job.task = task
                 if waiting:
                     calls.go_on()
                 yield from self._finish(call, run, awaited)
+                job.task = None
                 del awaited
-            job.task = None
-            del job, method, call, run  # what a call held must not live until the next one
+            del job, call, run  # what a call held must not live until the next one
 
     def _finish(
         self, call: Coroutine[Any, Any, None], run: Callable[..., Any], awaited: Any

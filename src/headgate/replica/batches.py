@@ -47,10 +47,12 @@ class Batches:
 
     # --- waiting ---
 
-    def add(self, job: Job, method: Method) -> None:
-        """A request for `method`; `pump` follows once all that came with it is added."""
+    def add(self, jobs: list[Job]) -> None:
+        """Requests for one method; `pump` follows once all that came with them are added."""
+        method, now = jobs[0].method, monotonic()
         batches = self._async if method.is_async else self._plain
-        batches.add(job, monotonic(), method.name)
+        for job in jobs:
+            batches.add(job, now, method.name)
         self.changed = True
 
     def remove(self, job: Job) -> bool:
@@ -62,7 +64,7 @@ class Batches:
         self.changed = False
         now = monotonic()
         while batch := self._async.take(now):
-            self._worker.start_task(self._run_async(batch, self._method_of(batch)))
+            self._worker.start_task(self._run_async(batch, batch[0].method))
         if not self._plain_given:
             self._give_plain(self._plain.take(now))
         if self._plain_given == 1:
@@ -72,10 +74,7 @@ class Batches:
     def _give_plain(self, batch: list[Job]) -> None:
         if batch:
             self._plain_given += 1
-            self._worker.plain.put(partial(self._run_plain, batch, self._method_of(batch)))
-
-    def _method_of(self, batch: list[Job]) -> Method:
-        return self._worker.loaded.method(batch[0].method_name)
+            self._worker.plain.put(partial(self._run_plain, batch, batch[0].method))
 
     def _set_timer(self, now: float) -> None:
         if self._timer is not None:
@@ -95,14 +94,13 @@ class Batches:
     ) -> tuple[list[Job], list[Any]]:
         """Those of a batch that are still wanted and can be decoded, and their requests; the rest is answered."""
         jobs, requests = [], []
+        now = monotonic()
         for job in batch:
-            refusal = job.refusal()
-            if refusal is not None:
-                done(job, refusal)
+            if job.cancelled or job.deadline < now:
+                done(job, job.refusal())
                 continue
             try:
-                job.mark_started()
-                requests.append(job.request(is_async))
+                requests.append(job.begin(is_async))
             except BaseException as error:  # noqa: BLE001 - decoding a handle's value runs user code
                 done(job, self._worker.outcomes.failure(job, error))
             else:

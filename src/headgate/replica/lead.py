@@ -21,7 +21,6 @@ from headgate.core import framing
 from headgate.core.leading import LOOK_S, QUICK_S, REST, SLOW_S, TAKE_BACK, Leading
 
 if TYPE_CHECKING:
-    from headgate.replica.callable import Method
     from headgate.replica.job import Job
     from headgate.replica.links import CallerLink
     from headgate.replica.plain_calls import PlainCalls
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from headgate.wire.link import Frame
 
 _pack = framing.HEADER.pack
-_ORDINARY = (0, framing.VALUE)
 
 
 class Lead:
@@ -38,11 +36,10 @@ class Lead:
     link   the one that is lent out
     """
 
-    def __init__(self, worker: Worker, calls: PlainCalls, method: Method) -> None:
+    def __init__(self, worker: Worker, calls: PlainCalls) -> None:
         self.link: CallerLink | None = None
         self._worker = worker
         self._calls = calls
-        self._method = method
         self._loop = asyncio.get_running_loop()
         self._leading = Leading()
         self._term = 0  # counts how often the reader changed
@@ -172,19 +169,18 @@ class Lead:
     def _give_back(self, term: int, frames: Sequence[Frame] = (), *, is_slow: bool = False) -> None:
         self._worker.from_any_thread(self._returned, term, is_slow, list(frames))
 
-    def _admit(self, link: CallerLink, frames: list[Frame]) -> tuple[deque[tuple[Job, Method]], list[Frame]]:
+    def _admit(self, link: CallerLink, frames: list[Frame]) -> tuple[deque[Job], list[Frame]]:
         """The ordinary calls that come first, and the other frames."""
-        worker, method = self._worker, self._method
-        taken: deque[tuple[Job, Method]] = deque()
+        worker = self._worker
+        taken: deque[Job] = deque()
         if worker.draining or worker.fenced:
             return taken, frames
-        admission = worker.admission
-        for at, (kind, flags, meta_len, slot, arg, source, start, end) in enumerate(frames):
-            if kind == framing.PING:
-                link.send_from_any_thread(_pack(0, framing.PONG, 0, 0, 0, arg))
-            elif kind != framing.CALL or flags not in _ORDINARY or arg >> 48 or not admission.is_open:
-                return taken, frames[at:]
-            else:
-                admission.offer(link)
-                taken.append((link.accept(flags, meta_len, slot, arg, source, start, end), method))
-        return taken, []
+        while frames:
+            jobs = link.admit(frames)
+            taken.extend(jobs)
+            frames = frames[len(jobs) :]
+            if not frames or frames[0][0] != framing.PING:
+                break
+            link.send_from_any_thread(_pack(0, framing.PONG, 0, 0, 0, frames[0][4]))
+            frames = frames[1:]
+        return taken, frames

@@ -12,15 +12,15 @@ import logging
 import os
 import struct
 import threading
-import time
 import weakref
 from mmap import mmap
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from headgate.core import framing
 from headgate.core.lending import SMALLEST_BYTES
 from headgate.errors import ProtocolError
-from headgate.replica.job import Job
+from headgate.replica.job import NEVER, Job
 from headgate.replica.reservation import ReservedJob
 from headgate.replica.stream import SegmentFlow
 from headgate.wire.borrowed import place_of
@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headgate.replica")
 
+_CALL = framing.CALL
 _pack = framing.HEADER.pack
+#: A call with any of these flags takes more than a slot, or names its method.
+_SPECIAL = 0xFF & ~framing.VALUE
+#: The body is in memory of the router's.
+_SHARED = framing.ARENA | framing.SEGMENT
 _TOTAL = struct.Struct("<Q")
 
 
@@ -66,9 +71,13 @@ class CallerLink(SharingLink):
 
     def on_frames(self, frames: list[Frame]) -> None:
         self.worker.settle()
-        for kind, flags, meta_len, slot, arg, source, start, end in frames:
+        jobs = self.admit(frames)
+        if jobs:
+            self.worker.begin(jobs)
+        for frame in frames[len(jobs) :] if jobs else frames:
+            kind, flags, _, slot, arg, source, start, end = frame
             if kind == framing.CALL:
-                self._call(flags, meta_len, slot, arg, source, start, end)
+                self._call(frame)
             elif kind == framing.DATA:
                 self._piece(slot, source, start, end)
             elif kind == framing.END:
@@ -91,7 +100,27 @@ class CallerLink(SharingLink):
                 raise ProtocolError(f"frame type {kind} from a router")
         self.worker.read_done()
 
-    def _call(self, flags: int, meta_len: int, slot: int, arg: int, source: Source, start: int, end: int) -> None:
+    def admit(self, frames: list[Frame]) -> list[Job]:
+        """Accept the ordinary calls that `frames` begin with, as far as there is room."""
+        worker, jobs, method = self.worker, self.jobs, self.worker.default
+        if worker.draining or worker.fenced or method is None:
+            return []
+        now = monotonic()
+        admitted: list[Job] = []
+        for frame in frames[: worker.admission.room]:
+            kind, flags, _, slot, arg, _, _, _ = frame
+            if kind != _CALL or flags & _SPECIAL or arg >> 48:
+                break
+            remaining_ms = arg & 0xFFFFFFFF
+            deadline = now + remaining_ms / 1000 if remaining_ms else NEVER
+            jobs[slot] = job = Job(self, slot, flags, frame, deadline, method)
+            admitted.append(job)
+        worker.admission.take(self, len(admitted))
+        return admitted
+
+    def _call(self, frame: Frame) -> None:
+        """A call that `admit` left."""
+        _, flags, _, slot, arg, _, _, _ = frame
         worker = self.worker
         if worker.draining or worker.fenced:
             needed = worker.refuses(self)
@@ -106,21 +135,17 @@ class CallerLink(SharingLink):
             return
         if want:
             worker.tell_room(worker.admission.rooms())
-        if flags & framing.RESERVE:
-            self.jobs[slot] = reserved = ReservedJob(self, flags, meta_len, slot, arg, source, start, end)
-            worker.reservations.reserve(reserved)
-            return
-        job = self.accept(flags, meta_len, slot, arg, source, start, end)
-        if flags & framing.MORE:
-            (total,) = _TOTAL.unpack_from(source, job.head_end)
+        remaining_ms = arg & 0xFFFFFFFF
+        deadline = monotonic() + remaining_ms / 1000 if remaining_ms else NEVER
+        make = ReservedJob if flags & framing.RESERVE else Job
+        self.jobs[slot] = job = make(self, slot, flags, frame, deadline)
+        if isinstance(job, ReservedJob):
+            worker.reservations.reserve(job)
+        elif flags & framing.MORE:
+            (total,) = _TOTAL.unpack_from(job.source, job.body_start)
             job.upload = bytearray(total)
         elif not flags & framing.SEGMENT or self._map(job):
             worker.take(job)
-
-    def accept(self, flags: int, meta_len: int, slot: int, arg: int, source: Source, start: int, end: int) -> Job:
-        """The request of a CALL that was admitted."""
-        self.jobs[slot] = job = Job(self, flags, meta_len, slot, arg, source, start, end)
-        return job
 
     # --- reading by the plain thread (lead.py), under the worker's lock ---
 
@@ -179,7 +204,7 @@ class CallerLink(SharingLink):
         complete = job.upload is None or job.uploaded == len(job.upload)
         self.worker.cancel(job)
         if not complete:
-            self.worker.finish(job, job.refusal() or b"")
+            self.worker.finish(job, job.refusal())
 
     def finish(self, job: Job, frame: bytes) -> None:
         """Send a request's final frame (empty: it was sent already) and free what it held. Once for each."""
@@ -194,11 +219,13 @@ class CallerLink(SharingLink):
 
     def ended(self, job: Job) -> None:
         """Forget a request that has its final frame; `Worker.freed` follows."""
-        if self.jobs.get(job.slot) is job:
-            del self.jobs[job.slot]
-        job.mapped = None
-        if job.flags & framing.ARENA and not job.borrowed:
-            self._free(job.segment[0])
+        there = self.jobs.pop(job.slot, None)
+        if there is not job and there is not None:  # the router has used the slot again
+            self.jobs[job.slot] = there
+        if job.flags & _SHARED:
+            job.mapped = None
+            if job.flags & framing.ARENA and not job.borrowed:
+                self._free(job.segment[0])
 
     def flush(self) -> None:
         with self._writing:
@@ -269,13 +296,13 @@ class CallerLink(SharingLink):
 
     def write_answer(self, block: bytes, body: Buffer) -> Segment | None:
         """As `write_segment`, for an HTTP answer: its header lines, then its body."""
-        if not self.peer or not self.lent.may(time.monotonic()):
+        if not self.peer or not self.lent.may(monotonic()):
             return None
         return self.worker.answers.write((block, body) if block else (body,))
 
     def write_segment(self, parts: Sequence[Buffer]) -> Segment | None:
         """A value for the router to be read where it lies; None: send it in frames. On any thread."""
-        if not self.peer or sum(map(len, parts)) < SMALLEST_BYTES or not self.lent.may(time.monotonic()):
+        if not self.peer or sum(map(len, parts)) < SMALLEST_BYTES or not self.lent.may(monotonic()):
             return None
         return self.worker.segments.write(parts)
 
@@ -286,7 +313,7 @@ class CallerLink(SharingLink):
         if isinstance(flow, SegmentFlow) and flow.segment.inode == inode:
             (flow.refused if refused else flow.taken)()
         if refused:
-            self.lent.refused(inode, time.monotonic())
+            self.lent.refused(inode, monotonic())
 
     def on_end(self) -> None:
         self.lent.end()

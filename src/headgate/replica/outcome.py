@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from headgate.errors import HeadgateError, RequestCancelled
 from headgate.replica.callable import user_traceback
-from headgate.replica.response import Asgi, Stream, encode, runs_on_loop
+from headgate.replica.job import VALUE
+from headgate.replica.response import WHOLE, Asgi, Stream, encode, runs_on_loop
 from headgate.replica.stream import GeneratorFlow, TaskFlow
 
 if TYPE_CHECKING:
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headgate.replica")
 
-#: Types of results that neither stream nor have to be run. Looked up first: whether something is a generator, an
-#: abstract class says, which takes as long as encoding a small answer.
-WHOLE = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict))
+#: As response.WHOLE, with status 200 and the code as they travel.
+_WHOLE = {kind: (200 | code << 16, encoder) for kind, (code, encoder) in WHOLE.items()}
 
 
 class Outcomes:
@@ -43,7 +43,12 @@ class Outcomes:
 
     def of(self, job: Job, request: Any, result: Any) -> Outcome:
         """The outcome of a result."""
-        if job.is_value:
+        if not job.flags & VALUE:
+            whole = _WHOLE.get(type(result))
+            if whole is not None:
+                arg, encode_whole = whole
+                return job.whole(arg, encode_whole(result))
+        else:
             if type(result) in WHOLE:
                 pass
             elif isinstance(result, Generator):

@@ -14,19 +14,18 @@ it drains, and the thread reads that after it has told what is sent. So one of t
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
-from time import perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from headgate.core import framing
+from headgate.replica.job import NEVER
 from headgate.replica.lead import Lead
 
 if TYPE_CHECKING:
-    from headgate.replica.callable import Method
     from headgate.replica.job import Job, Outcome
     from headgate.replica.links import CallerLink
     from headgate.replica.worker import Worker
@@ -43,7 +42,7 @@ class PlainCalls:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._loop = asyncio.get_running_loop()
-        self._taken: deque[tuple[Job, Method]] = deque()  # since the last `pump`
+        self._taken: deque[Job] = deque()  # since the last `pump`
         self._unsent: deque[tuple[Job, bytes]] = deque()
         self._sent: deque[Job] = deque()  # not freed yet
         self._given = self._finished = 0  # lists: counted on the loop, and on the thread
@@ -54,13 +53,13 @@ class PlainCalls:
         method = worker.default
         self.lead: Lead | None = None
         if method is not None and not (method.is_async or method.accepts_batch) and worker.plain.reads_links:
-            self.lead = Lead(worker, self, method)
+            self.lead = Lead(worker, self)
 
     # --- on the loop ---
 
-    def add(self, job: Job, method: Method) -> None:
-        """A call for the next `pump`."""
-        self._taken.append((job, method))
+    def add(self, jobs: list[Job]) -> None:
+        """Calls for the next `pump`."""
+        self._taken.extend(jobs)
 
     @property
     def changed(self) -> bool:
@@ -75,7 +74,7 @@ class PlainCalls:
     def pump(self) -> None:
         """Hand the thread what was added."""
         taken, self._taken = self._taken, deque()
-        link = taken[0][0].link
+        link = taken[0].link
         self.given()
         if len(taken) > 1 and not self._ticking:
             self._ticking = True
@@ -94,14 +93,14 @@ class PlainCalls:
         """Whether the thread reads a link itself; then it settles itself, and lead.py looks instead of ticks."""
         return self.lead is not None and self.lead.link is not None
 
-    def _give(self, calls: deque[tuple[Job, Method]]) -> None:
+    def _give(self, calls: deque[Job]) -> None:
         self._worker.plain.put(partial(self.run, calls))
 
     def settle(self) -> None:
         """Free what answered requests held; under the worker's lock."""
         sent = self._sent
-        while sent:
-            self._worker.end(sent.popleft())
+        if sent:
+            self._worker.end([sent.popleft() for _ in range(len(sent))])
             self._has_freed = True
 
     def _tick(self) -> None:
@@ -129,9 +128,9 @@ class PlainCalls:
 
     # --- on the plain thread ---
 
-    def run(self, calls: deque[tuple[Job, Method]]) -> None:
+    def run(self, calls: deque[Job]) -> None:
         """Make the calls of one read and answer them; says how long they took to whoever may lend the link."""
-        began = perf_counter()
+        began = monotonic()
         try:
             for _ in self.steps(calls):
                 pass
@@ -139,21 +138,21 @@ class PlainCalls:
             self._worker.plain.put(partial(self.run, calls))
             raise
         if self.lead is not None:
-            self.lead.have_run(perf_counter() - began)
+            self.lead.have_run(monotonic() - began)
 
-    def steps(self, calls: deque[tuple[Job, Method]]) -> Iterator[None]:
+    def steps(self, calls: deque[Job]) -> Iterator[None]:
         """Make the calls and answer them; pauses between what a call does and its answer."""
         is_quick = True
-        before = perf_counter()
+        before = monotonic()
         while calls:
-            job, method = calls.popleft()
-            outcome = self._outcome(job, method)
+            job = calls.popleft()
+            outcome = self._outcome(job, before)
             yield
             if type(outcome) is bytes:
                 self._unsent.append((job, outcome))
             else:
                 self._worker.plain.done(job, outcome)
-            now = perf_counter()
+            now = monotonic()
             is_quick = is_quick and now - before <= QUICK_S
             before = now
             if not is_quick or self._tick_s > TICK_S:  # the next tick may be far
@@ -161,15 +160,13 @@ class PlainCalls:
         self._answer()
         self._finished += 1
 
-    def _outcome(self, job: Job, method: Method) -> Outcome:
-        refusal = job.refusal()
-        if refusal is not None:
-            return refusal
-        worker = self._worker
+    def _outcome(self, job: Job, now: float) -> Outcome:
+        if job.cancelled or job.deadline < now:
+            return job.refusal()
+        worker, method = self._worker, job.method
         worker.running = job
         try:
-            job.mark_started()  # decoding a handle's value runs user code already
-            request = job.request(False)
+            request = job.begin(False)
             result = method.function(request) if method.takes_request else method.function()
             outcome = worker.outcomes.of(job, request, result)
             del request, result
@@ -192,7 +189,7 @@ class PlainCalls:
         worker, unsent, sent = self._worker, self._unsent, self._sent
         frames: list[bytes] = []
         link: CallerLink | None = None
-        is_urgent = False
+        flags = 0
         while unsent:
             try:
                 job, frame = unsent.popleft()
@@ -204,14 +201,15 @@ class PlainCalls:
                     frames.clear()
                 link = job.link
             frames.append(frame)
-            is_urgent = is_urgent or bool(job.flags & framing.ARENA)
-            job.deadline = math.inf  # is met: watch.py looks at it until the job is freed
+            flags |= job.flags
+            if job.deadline is not NEVER:
+                job.deadline = NEVER  # is met: watch.py looks at it until the job is freed
             sent.append(job)  # before it is: the router may use its slot as soon as it has the answer
         if link is not None:
-            link.send_from_any_thread(frames[0] if len(frames) == 1 else b"".join(frames))
+            link.send_from_any_thread(b"".join(frames))
         if not sent:
             return
-        if is_urgent or worker.draining or worker.admission.owes:
+        if flags & framing.ARENA or worker.draining or worker.admission.owes:
             worker.from_any_thread(worker.settle)
         elif not (self._ticking or self._is_led):
             self._ticking = True

@@ -43,7 +43,7 @@ class ReservedJob(Job):
 
     data: Any = None
     kwargs: dict[str, Any] | None = None
-    token = 0
+    token: int = 0
     _future: Future[Any] | None = None  # from its claim until it is answered
 
     def claimed(self, data: Any, kwargs: dict[str, Any] | None, future: Future[Any]) -> None:

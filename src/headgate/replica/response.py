@@ -61,15 +61,13 @@ def encode(result: object) -> Reply | Stream | Asgi:
 
     Raises SerializationError naming the type of what cannot be encoded.
     """
-    kind = type(result)
-    if kind is dict or kind is list:
-        return 200, JSON, None, encode_json(result)
+    found = WHOLE.get(type(result))
+    if found is not None:
+        return 200, found[0], None, found[1](result)
     if isinstance(result, str):
         return 200, UTF8_TEXT, None, _utf8(result)
     if isinstance(result, bytes):
-        return 200, TEXT, None, result
-    if result is None:
-        return 200, TEXT, None, b""
+        return 200, TEXT, None, bytes(memoryview(result))  # whatever its class says of its length
     if _is_response(result):
         return _encode_response(result)
     if isinstance(result, Generator | AsyncGenerator):
@@ -228,10 +226,12 @@ def _is_plain(value: Any) -> bool:
         return False
     for item in value:
         kind = type(item)
+        if kind is str or kind is int:
+            continue
         if kind is float:
             if item - item != 0.0:
                 return False
-        elif not (kind is str or kind is int or kind is bool or item is None or _is_plain(item)):
+        elif not (kind is bool or item is None or _is_plain(item)):
             return False
     return True
 
@@ -328,6 +328,16 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise SerializationError(f"a str cannot be sent as UTF-8: {error}") from None
+
+
+#: Types of results that neither stream nor have to be run -> content-type code, encoder. Looked up first: whether
+#: something is a generator, an abstract class says, which takes as long as encoding a small answer.
+WHOLE: dict[type, tuple[int, Callable[[Any], bytes]]] = {
+    type(None): (TEXT, lambda _: b""),
+    bytes: (TEXT, bytes),
+    str: (UTF8_TEXT, _utf8),
+    **dict.fromkeys((bool, int, float, list, tuple, dict), (JSON, encode_json)),
+}
 
 
 def _name(value: object) -> str:

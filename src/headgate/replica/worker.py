@@ -127,21 +127,23 @@ class Worker:
         with self.lock:
             self.tell_room(self.admission.forget(link))
 
-    def freed(self) -> None:
-        """A request has ended: its slot goes to whoever is next. Under the lock."""
-        self.served = served = self.served + 1
-        if served == self.last_request and self.wear is not None:
+    def freed(self, count: int = 1) -> None:
+        """So many requests have ended: their slots go to whoever is next. Under the lock."""
+        before = self.served
+        self.served = served = before + count
+        if before < self.last_request <= served and self.wear is not None:
             self.from_any_thread(self.wear.look)
-        link = self.admission.free()
-        if link is not None:
-            link.send(_ROOM)
+        links = self.admission.free(count)
+        if links:
+            self.tell_room(links)
         if self.draining:
             self.check_drained()
 
-    def end(self, job: Job) -> None:
-        """Free what a request that has its answer held. Under the lock."""
-        job.link.ended(job)
-        self.freed()
+    def end(self, jobs: list[Job]) -> None:
+        """Free what requests that have their answers held. Under the lock."""
+        for job in jobs:
+            job.link.ended(job)
+        self.freed(len(jobs))
 
     # --- from request to user code ---
 
@@ -154,12 +156,18 @@ class Worker:
             except HeadgateError as error:
                 self.finish(job, job.error(error))
                 return
+        job.method = method
+        self.begin([job])
+
+    def begin(self, jobs: list[Job]) -> None:
+        """Whole requests for one method arrived."""
+        method = jobs[0].method
         if method.accepts_batch:
-            self._batches.add(job, method)
+            self._batches.add(jobs)
         elif method.is_async:
-            self.async_calls.add(job, method)
+            self.async_calls.add(jobs)
         else:
-            self.plain_calls.add(job, method)
+            self.plain_calls.add(jobs)
 
     def read_done(self) -> None:
         """Everything that one read brought has been taken."""
@@ -186,7 +194,7 @@ class Worker:
         elif job.task is not None:
             job.task.cancel()
         elif self._batches.remove(job) or self.reservations.withdraw(job):
-            self.finish(job, job.refusal() or b"")
+            self.finish(job, job.refusal())
         elif job.timed_out:
             self._loop.call_later(self.settings.health_check_timeout_s, self._check_stuck, job)
 
