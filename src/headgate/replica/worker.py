@@ -141,9 +141,9 @@ class Worker:
 
     def end(self, jobs: list[Job]) -> None:
         """Free what requests that have their answers held. Under the lock."""
+        self.freed(len(jobs))  # first: should a signal handler of the user's raise in here, no slot is lost
         for job in jobs:
             job.link.ended(job)
-        self.freed(len(jobs))
 
     # --- from request to user code ---
 
