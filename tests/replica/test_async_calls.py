@@ -376,3 +376,46 @@ async def test_a_drain_waits_for_calls_that_have_not_begun(rig: Rig) -> None:
     assert (await link.end(0))[1] == 200
     await asyncio.sleep(0.01)
     assert rig.drained
+
+
+async def begun_together(rig: Rig, *links: Any) -> None:
+    """A call by each link, twice, that all begin in one turn."""
+    await answers(rig, b"")  # there is a task
+    calls, begin = rig.worker.async_calls, rig.worker.async_calls.begin
+    calls.begin = lambda: None  # type: ignore[method-assign]
+    for slot in range(2):
+        for link in links:
+            link.http(slot)
+            await asyncio.sleep(0.01)
+    calls.begin = begin  # type: ignore[method-assign]
+    asyncio.get_running_loop().call_soon(begin)
+    await asyncio.sleep(0.01)
+
+
+@served(noting)
+async def test_answers_of_one_turn_go_each_to_its_link(rig: Rig) -> None:
+    one, two = await rig.link(), await rig.link()
+    await begun_together(rig, one, two)
+    assert [body for *_, body in one.got] == [b"2", b"4"]
+    assert [body for *_, body in two.got] == [b"3", b"5"]
+    assert rig.worker.admission.held == 0
+
+
+@served(noting)
+async def test_a_link_ends_if_nobody_knows_what_was_written_to_it(rig: Rig) -> None:
+    """A signal handler of the user's raises where it likes."""
+    calls, write, raised = rig.worker.async_calls, rig.worker.async_calls._write, [TimeoutError("an alarm")]
+
+    def interrupted(answered: Any) -> None:
+        if len(answered) == 2:
+            raise raised.pop()
+        write(answered)
+
+    calls._write = interrupted  # type: ignore[method-assign]
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    link = await rig.link()
+    await begun_together(rig, link)
+    assert not raised
+    assert link.closed
+    assert rig.worker.admission.held == 0
+    assert [status for _, status, _ in await answers(rig, b"")] == [200]
