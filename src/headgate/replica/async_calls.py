@@ -26,7 +26,7 @@ from headgate.replica.response import WHOLE
 from headgate.wire.link import TOGETHER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Callable, Generator
 
     from headgate.replica.job import Job, Outcome
     from headgate.replica.worker import Worker
@@ -131,14 +131,17 @@ class AsyncCalls:
                     outcome = await outcomes.of_async(job, request, result)
             except BaseException as error:  # noqa: BLE001 - user code may raise anything
                 outcome = outcomes.failure(job, error)
-        if type(outcome) is bytes and self._is_beginning and not self.worker.is_fork:
+        if type(outcome) is not bytes or self.worker.is_fork:
+            if outcome is not None:
+                self.worker.finish(job, outcome)
+        elif self._is_beginning:
             self._answered.append((job, outcome))
             if job.deadline is not NEVER:
                 job.deadline = NEVER  # is met: watch.py looks at it until the job is freed
             if len(self._answered) >= TOGETHER:
                 self._settle()
-        elif outcome is not None:
-            self.worker.finish(job, outcome)
+        else:
+            job.link.finish(job, outcome)
 
 
 class Runner:
@@ -168,9 +171,6 @@ class Runner:
 
     # --- the future that it waits for ---
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
-
     def add_done_callback(self, wake: Callable[[Runner], None], *, context: object = None) -> None:
         self._wake = wake
 
@@ -196,75 +196,58 @@ class Runner:
         calls.runners.discard(self)
         if calls.waiting:
             calls.go_on()
-        self._check_drained()
+        if calls.worker.draining:
+            calls.worker.check_drained()
 
     @types.coroutine
     def _make_calls(self) -> Generator[Any, Any, None]:
-        calls, waiting = self._calls, self._calls.waiting
+        calls, worker, waiting = self._calls, self._calls.worker, self._calls.waiting
         task: Any = self.task
-        yield from self._be_free()
+        yield self._be_free()
         name, callbacks = task.get_name(), _callbacks(task)
         refs, weak_refs = getrefcount(task), getweakrefcount(task)  # nobody else knows it yet
-        while (
-            getrefcount(task) == refs
-            and getweakrefcount(task) == weak_refs
-            and not task.cancelling()
-            and not task._must_cancel
-            and _callbacks(task) == callbacks
-            and task.get_name() == name
-        ):
+        while getrefcount(task) == refs and getweakrefcount(task) == weak_refs:
             if not waiting:
                 if len(calls.free) >= _MOST_FREE:
                     return
-                yield from self._be_free()
+                yield self._be_free()
                 continue
             job = waiting.popleft()
             call = calls.answer(job)
             run = calls.context.copy().run
+            thrown: BaseException | None = None
             try:
                 awaited = run(call.send, None)
-            except StopIteration:
-                pass
-            else:
                 job.task = task
                 if waiting:
                     calls.go_on()
-                yield from self._finish(call, run, awaited)
-                job.task = None
-                del awaited
-            del job, call, run  # what a call held must not live until the next one
-
-    def _finish(
-        self, call: Coroutine[Any, Any, None], run: Callable[..., Any], awaited: Any
-    ) -> Generator[Any, Any, None]:
-        """Go on with a call that waits, as a task would, until it ends."""
-        worker = self._calls.worker
-        thrown: BaseException | None = None
-        while True:
-            if worker.is_fork:  # user code forked, and waits in the copy too
-                os._exit(0)
-            try:
-                value = yield awaited
-            except BaseException as error:  # noqa: BLE001 - goes to the call
-                thrown = error
-            try:
-                awaited = run(call.send, value) if thrown is None else run(call.throw, thrown)
+                while True:  # the call waits: go on with it as a task would
+                    if worker.is_fork:  # user code forked, and waits in the copy too
+                        os._exit(0)
+                    try:
+                        yield awaited
+                    except BaseException as error:  # noqa: BLE001 - goes to the call
+                        thrown = error
+                    awaited = run(call.send, None) if thrown is None else run(call.throw, thrown)
+                    thrown = None  # its traceback has this frame, and the call's
             except StopIteration:
+                pass
+            job.task = awaited = thrown = None
+            del job, call, run  # what a call held must not live until the next one
+            if task.cancelling() or task._must_cancel or _callbacks(task) != callbacks or task.get_name() != name:
                 return
-            finally:
-                thrown = None  # its traceback has this frame, and the call's
 
-    def _be_free(self) -> Generator[Runner, None, None]:
-        self._calls.free.append(self)
-        if self._calls.waiting:
-            self._calls.go_on()
-        self._check_drained()
+    def _be_free(self) -> Runner:
+        """To be waited for until there is a call to make."""
+        calls = self._calls
+        calls.free.append(self)
+        if calls.waiting:
+            calls.go_on()
+        if calls.worker.draining:
+            calls.worker.check_drained()
         self._asyncio_future_blocking = True
-        yield self
+        return self
 
-    def _check_drained(self) -> None:
-        if self._calls.worker.draining:
-            self._calls.worker.check_drained()
 
 def _callbacks(task: Any) -> int:
     """How many are told of the task's end; asyncio has no other way to ask."""

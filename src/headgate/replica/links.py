@@ -70,7 +70,7 @@ class CallerLink(SharingLink):
         self.worker.async_calls.begin()
 
     def on_frames(self, frames: list[Frame]) -> None:
-        self.worker.settle()
+        self.worker.plain_calls.settle()  # under the lock, as each read is
         jobs = self.admit(frames)
         if jobs:
             self.worker.begin(jobs)
