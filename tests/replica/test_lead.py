@@ -148,6 +148,25 @@ async def test_quick_calls_are_read_run_and_answered_by_the_plain_thread(stage: 
 
 
 @staged(echo)
+async def test_the_thread_waits_after_a_call_and_does_not_read_in_vain(stage: Stage) -> None:
+    router, caller = await stage.lent()
+    receive, found = caller.receive, []
+
+    def noted() -> Any:
+        frames = receive()
+        found.append(len(frames or ()))
+        return frames
+
+    caller.receive = noted  # type: ignore[method-assign]
+    for slot in range(50):
+        router.http(slot)
+        await router.end(slot)
+    assert found.count(1) >= 49  # it may have been about to read when this began to count
+    assert found.count(0) <= 1
+    assert stage.lead.link is caller
+
+
+@staged(echo)
 async def test_while_a_call_takes_long_the_loop_reads(stage: Stage) -> None:
     router, _ = await stage.lent()
     router.http(1, b"wait")

@@ -3,7 +3,8 @@
 When the loop takes it back, and for how long, is core/leading.py's. One round on the plain thread is: free what
 the last answers held, receive, admit; then run the calls and answer. The first half happens under the worker's
 lock, which the loop holds too while it changes what a worker and its links keep. Whoever finds itself the reader
-under the lock is alone with the link; so the loop may take it back whenever user code runs.
+under the lock is alone with the link; so the loop may take it back whenever user code runs. A read that brought fewer
+calls than routers write together has emptied the link: then the thread waits before it receives again.
 
 What is no ordinary call goes back to the loop together with the link, in the order in which it came. The link goes
 back too before the thread does anything else that is queued for it: that may take as long as it likes.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from headgate.core import framing
 from headgate.core.leading import LOOK_S, QUICK_S, REST, SLOW_S, TAKE_BACK, Leading
+from headgate.wire.link import TOGETHER
 
 if TYPE_CHECKING:
     from headgate.replica.job import Job
@@ -48,7 +50,7 @@ class Lead:
         self._rounds = 0
         self._looking = False
         worker.plain.prepare()
-        self._reading = False  # the plain thread may have frames that nobody else knows of
+        self._reading = False  # the plain thread may have frames, or what is to be freed, that nobody else knows of
 
     # --- on the loop, under the worker's lock ---
 
@@ -146,7 +148,6 @@ class Lead:
             taken, rest = self._admit(link, frames or [])
             if taken:
                 calls.given()
-            fd = link.fileno()
         self._reading = False
         goes_on = frames is not None and not rest
         if not goes_on:
@@ -159,12 +160,25 @@ class Lead:
             if self._took > SLOW_S and goes_on:
                 self._give_back(term, is_slow=True)
                 return False
-        elif goes_on and not frames:
-            plain.poll(fd)
+        if goes_on and len(frames or ()) < TOGETHER:
+            self._wait(link, term)
         if goes_on and plain.is_wanted:
             self._give_back(term)
             return False
         return goes_on
+
+    def _wait(self, link: CallerLink, term: int) -> None:
+        """Free what the last answers held, then wait until there is something to read."""
+        worker = self._worker
+        self._reading = True
+        with worker.lock:
+            is_reader = term == self._term
+            if is_reader and not (worker.draining or worker.admission.owes):
+                self._calls.settle()
+            fd = link.fileno()
+        self._reading = False
+        if is_reader:
+            worker.plain.poll(fd)
 
     def _give_back(self, term: int, frames: Sequence[Frame] = (), *, is_slow: bool = False) -> None:
         self._worker.from_any_thread(self._returned, term, is_slow, list(frames))
