@@ -249,8 +249,14 @@ def test_of_worn_replicas_one_leaves_at_a_time_the_oldest_first():
     assert planned([goal(3)], [one, two, three]) == [START]
     assert planned([goal(3)], [one, two, three, replace(new, phase="starting")]) == []
     assert set(serving(goal(3), [one, two, three, new])) == {new, two, three}
-    assert planned([goal(3)], [one, two, three, new]) == [Drain("iris#1")]
+    assert planned([goal(3)], [one, two, three, new]) == [START, Drain("iris#1")]
     assert planned([goal(3)], [replace(one, phase="draining"), two, three, new]) == [START]
+
+
+def test_of_worn_replicas_that_are_too_many_one_stays_until_a_new_one_is_ready():
+    one, two = (seen(number, worn="it is old") for number in (1, 2))
+
+    assert planned([goal(1)], [one, two]) == [START, Drain("iris#1")]
 
 
 def test_a_worn_replica_is_the_first_to_go_when_fewer_are_wanted():

@@ -292,10 +292,11 @@ def _used(goal: BackendGoal, seen: Sequence[Seen]) -> tuple[list[Seen], list[See
     The worn one whose turn it is to go is only among the latter, where it still serves: so another is started in
     its place.
     """
-    ready, count = _ready(goal, seen), goal.settings.num_replicas
+    count = goal.settings.num_replicas
+    ready = _ready(goal, seen)[:count]
     lasting = ready[:-1] if ready and ready[-1].worn else ready
     kept = [*lasting, *_in(lifecycle.STARTING, goal, seen)][:count]
-    return kept, kept + [one for one in ready[:count] if one not in kept]
+    return kept, kept + [one for one in ready if one not in kept]
 
 
 def _drains_until(one: Seen, patience: Mapping[str, float]) -> float:
