@@ -71,9 +71,7 @@ def spec_in(instance: tiny.Instance, num_gpus: float | None = None) -> messages.
 
 
 def kill_controller(instance: tiny.Instance) -> None:
-    for pid in instance.processes():
-        if Path(f"/proc/{pid}/comm").read_text().strip() == "tiny-ctl":
-            os.kill(pid, signal.SIGKILL)
+    os.kill(tiny.controller_of(instance), signal.SIGKILL)
     instance.meet_controller()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import leftovers
 import msgspec
 import pytest
-from tiny import Driver, Instance, eventually
+from tiny import Driver, Instance, controller_of, eventually
 
 from headgate.engine import asks, directory
 
@@ -70,13 +70,6 @@ def test_ids_are_never_used_again_not_even_after_the_controller_s_restart(instan
     seen += [instance.fork().id for _ in range(2)]
 
     assert seen == [f"tiny#{number:04d}" for number in range(1, 6)]
-
-
-def controller_of(instance: Instance) -> int:
-    for pid in instance.processes():
-        if Path(f"/proc/{pid}/comm").read_text().strip() == "tiny-ctl":
-            return pid
-    raise AssertionError("no controller runs")
 
 
 def test_a_killed_controller_is_replaced_and_finds_the_same_processes(instance: Instance) -> None:

@@ -329,6 +329,15 @@ def processes_of(instance: str) -> set[int]:
     return found
 
 
+def controller_of(instance: Instance) -> int:
+    """The process of its tiny controller."""
+    for pid in instance.processes():
+        with contextlib.suppress(OSError):  # it has ended since
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "tiny-ctl":
+                return pid
+    raise AssertionError("no controller runs")
+
+
 def eventually(true: Callable[[], Any], within_s: float = 5.0) -> bool:
     """Whether it becomes true in that time; looks every millisecond."""
     give_up = time.monotonic() + within_s
