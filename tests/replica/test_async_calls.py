@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import weakref
 from contextvars import ContextVar
 from typing import Any
@@ -119,6 +120,11 @@ async def test_tasks_of_a_call_see_its_context_variables(rig: Rig) -> None:
     assert [body for _, _, body in await answers(rig, b"a", b"b")] == [b"a", b"b"]
 
 
+LEFT_IN_TASKS = [b"reference", b"weak reference", b"callback", b"name", b"cancelled", b"cancels"]
+if sys.version_info < (3, 13):  # later ones take the whole cancellation back: nothing is left
+    LEFT_IN_TASKS.append(b"uncancelled")
+
+
 async def leaves(request: Any) -> Any:
     """Leaves something in its task."""
     task = current()
@@ -150,9 +156,7 @@ async def leaves(request: Any) -> Any:
 
 
 @pytest.mark.parametrize("when", [b"", b"late "])
-@pytest.mark.parametrize(
-    "what", [b"reference", b"weak reference", b"callback", b"name", b"cancelled", b"cancels", b"uncancelled"]
-)
+@pytest.mark.parametrize("what", LEFT_IN_TASKS)
 def test_a_task_that_something_may_be_left_in_makes_no_other_call(when: bytes, what: bytes) -> None:
     @served(leaves)
     async def check(rig: Rig) -> None:
