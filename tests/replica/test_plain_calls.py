@@ -209,6 +209,34 @@ async def test_who_is_not_quick_is_answered_at_once_and_all_after_it(rig: Rig) -
     assert replies(router) == [0, 1, 2, 3]
 
 
+class Lent:
+    """In place of a Lead (test_lead.py) whose thread reads `link`."""
+
+    def __init__(self, link: CallerLink) -> None:
+        self.link = link
+
+    def consider(self, link: CallerLink) -> None:
+        pass
+
+
+@paced()
+async def test_quick_calls_of_a_link_that_was_lent_after_slow_ones_are_answered_in_one_write(rig: Rig) -> None:
+    router, caller, wire = await linked(rig)
+    calls: Any = rig.worker.plain_calls
+    call(router, QUICK, b"0.1")
+    await asyncio.sleep(0.1)  # the loop has come to tick slowly
+    calls.lead = Lent(caller)
+    await asyncio.sleep(0.1)
+    wire.writes.clear()
+    call(router, *[QUICK] * 10, first=2)
+    await asyncio.sleep(0.1)
+    assert len(wire.writes) == 1
+    calls.lead = None
+    call(router, QUICK, first=12)
+    await rest(rig)
+    assert sorted(replies(router)) == list(range(13))
+
+
 @paced()
 async def test_what_one_raises_fails_only_its_own_call(rig: Rig) -> None:
     router, _, _ = await linked(rig)

@@ -108,17 +108,12 @@ class PlainCalls:
         was_busy = self.is_busy  # looked at first: if it was not, all that is to be freed is there
         self.answer()
         self._worker.settle()
-        if self._is_led:
+        if self._is_led or not (self._has_freed or was_busy):
             self._ticking = False
-            return
-        if self._has_freed:
-            self._has_freed = False
             self._tick_s = TICK_S
-        elif was_busy:
-            self._tick_s = min(2 * self._tick_s, _LONGEST_TICK_S)
-        else:
-            self._ticking = False
             return
+        self._tick_s = TICK_S if self._has_freed else min(2 * self._tick_s, _LONGEST_TICK_S)
+        self._has_freed = False
         self._set_timer()
 
     def _set_timer(self) -> None:
