@@ -47,9 +47,20 @@ def client(whole: headgate.Client) -> Iterator[headgate.Client]:
     whole.create_backend("it", lambda request: request.data, ray_actor_options={"num_cpus": 0})
     whole.create_endpoint("it", backend="it")
     yield whole
-    whole.delete_endpoint("it")
-    whole.delete_backend("it", force=True)
+    eventually(lambda: is_deleted(whole), 60)
     whole._instance.home.actors.close()  # type: ignore[attr-defined]
+
+
+def is_deleted(client: headgate.Client) -> bool:
+    """Whether "it" is, or could be: the controller finds the head again in its own time."""
+    try:
+        if "it" in client.list_endpoints():
+            client.delete_endpoint("it")
+        if "it" in client.list_backends():
+            client.delete_backend("it", force=True)
+    except headgate.InstanceError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -436,6 +436,34 @@ async def test_a_fenced_process_is_told_which_snapshot_it_lacks(rig: Rig) -> Non
     assert await stale.end(1) == (framing.REPLY, 200, b"y")
 
 
+@served(echo)
+async def test_what_a_process_sent_before_it_followed_is_refused_though_its_fence_is_lifted_first(rig: Rig) -> None:
+    stale, other = await rig.link("stale"), await rig.link("other")
+    for _ in range(20):
+        rig.worker.fence({"stale": 12, "other": 11})
+        stale.http(0)
+        stale.flush()
+        rig.worker.fence({"other": 11})
+        assert await stale.end(0) == (framing.DRAINING, 12, b"")
+        other.http(0)
+        assert await other.end(0) == (framing.DRAINING, 11, b"")
+        stale.http(1)
+        assert (await stale.end(1))[0] == framing.REPLY
+        stale.got.clear()
+        other.got.clear()
+
+
+@served(echo)
+async def test_a_process_that_is_fenced_again_at_once_stays_out(rig: Rig) -> None:
+    stale = await rig.link("stale")
+    rig.worker.fence({"stale": 12})
+    rig.worker.fence({})
+    rig.worker.fence({"stale": 13})
+    await asyncio.sleep(0.01)
+    stale.http(0)
+    assert await stale.end(0) == (framing.DRAINING, 13, b"")
+
+
 @served(slow_echo, max_concurrent_queries=1)
 async def test_new_limits_hold_at_once(rig: Rig) -> None:
     link = await rig.link()

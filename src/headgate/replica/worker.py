@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
 from headgate.core import framing, lending, spares
@@ -71,6 +71,7 @@ class Worker:
         self.admission: Admission[CallerLink] = Admission(settings.max_concurrent_queries)
         self.draining = False
         self.fenced: dict[str, int] = {}
+        self._to_fence = self.fenced  # as the controller said last
         self.links: set[CallerLink] = set()
         self.running: object = None  # the Job or batch that the plain thread is in
         self.is_fork = False  # user code forked, and this is the copy
@@ -244,7 +245,7 @@ class Worker:
     def _wake(self, function: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(function)
 
-    def from_any_thread(self, function: Callable[..., None], *arguments: Any) -> None:
+    def from_any_thread(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call `function(*arguments)` on the loop."""
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
@@ -274,9 +275,21 @@ class Worker:
         self._loop.call_soon(os._exit, 0)  # user code that awaits does not come back
 
     def fence(self, peers: dict[str, int]) -> None:
-        """Refuse calls of these processes until they follow the snapshot named."""
+        """Refuse calls of these processes until they follow the snapshot named. On any thread.
+
+        Who is not named any more is let in a turn later: what it sent before it followed is read first, and refused.
+        """
         with self.lock:
-            self.fenced = {wire_name(peer): version for peer, version in peers.items()}
+            self._to_fence = {wire_name(peer): version for peer, version in peers.items()}
+            lifted = self.fenced.keys() - self._to_fence.keys()
+            self.fenced = self.fenced | self._to_fence
+        if lifted:
+            self.from_any_thread(self._loop.call_soon, self._lift, lifted)
+
+    def _lift(self, names: Set[str]) -> None:
+        with self.lock:
+            let_in = names - self._to_fence.keys()
+            self.fenced = {name: version for name, version in self.fenced.items() if name not in let_in}
 
     def drain(self) -> None:
         """Take nothing new; on_drained is called when nothing is left."""
