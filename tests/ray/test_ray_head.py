@@ -58,7 +58,7 @@ def is_deleted(client: headgate.Client) -> bool:
             client.delete_endpoint("it")
         if "it" in client.list_backends():
             client.delete_backend("it", force=True)
-    except headgate.InstanceError:
+    except (headgate.ControllerUnavailable, headgate.InstanceError):
         return False
     return True
 
